@@ -1,0 +1,120 @@
+"""The JSON Schema describes what the code writes: no more, no less."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from jsonschema import Draft202012Validator
+from report_rows import random_rows, score_batch
+
+from trm_audit.numerics.bounds import Bound
+from trm_audit.numerics.confidence import MeanInterval
+from trm_audit.report import summary as tree
+from trm_audit.report.builder import SummaryBuilder
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "schemas" / "report.schema.json").read_text())
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+
+def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool = True) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    rows = [row for grade in grades for row in random_rows(rng, 20, grade)]
+    if "kl" in (rows[0] if rows else {}):
+        full = next(row for row in rows if any(row["response_mask"]))
+        full["kl"][full["response_mask"].index(True)] = float("inf")
+    verdict = (lambda batch: np.arange(batch.num_rows) % 2 == 0) if decide else None
+    thresholds = tree.Thresholds(delta_max=0.1, max_of="k2") if decide else None
+    builder = SummaryBuilder(thresholds, verdict)
+    builder.add(score_batch(rows, without) if rows else pa.RecordBatch.from_pydict({}))
+    loaded: dict[str, Any] = json.loads(builder.finish().to_json())
+    return loaded
+
+
+CASES = {
+    "every grade": report(("exact", "interval", "sampled")),
+    "exact with an infinite divergence": report(("exact",)),
+    "sampled, nothing decided": report(("sampled",), decide=False),
+    "no groups, no rewards": report(("exact",), ("group_id", "reward", "engine", "policy_version")),
+    "no per-token lists": report(("interval",), ("log_ratio", "kl_upper", "tv_upper", "kl_lower", "tv_lower")),
+    "nothing": report(()),
+}
+
+
+def test_the_schema_is_valid_draft_2020_12() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_report_fits_the_schema(case: str) -> None:
+    assert [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(CASES[case])] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("surprise",), 1),
+        (("counts", "surprise"), 1),
+        (("schema_version",), 2),
+        (("acceptance",), 1.5),
+        (("sequences", "seq_max_surprise"), {}),
+        (("bounds", "all", "sampled", "bounds", "mixed_bound"), {"published": 1.0, "sharp": 0.5}),
+        (("bounds", "all", "exact", "vacuous"), "yes"),
+        (("importance", "mean_ratio"), "nan"),
+    ],
+)
+def test_what_no_report_contains_is_refused(path: tuple[str, ...], value: object) -> None:
+    changed = copy.deepcopy(CASES["every grade"])
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    assert not VALIDATOR.is_valid(changed)
+
+
+def test_a_missing_key_is_refused() -> None:
+    for key in CASES["every grade"]:
+        assert not VALIDATOR.is_valid({k: v for k, v in CASES["every grade"].items() if k != key})
+
+
+DEFINITIONS = {
+    "thresholds": tree.Thresholds,
+    "counts": tree.Counts,
+    "quantiles": tree.Quantiles,
+    "curve": tree.Curve,
+    "combined": tree.CombinedAcceptance,
+    "interval": MeanInterval,
+    "sequence_total": tree.SequenceTotal,
+    "violating": tree.Share,
+    "violations": tree.Violations,
+    "bound": Bound,
+    "bounds_exact": tree.BoundsBlock,
+    "bounds_interval": tree.BoundsBlock,
+    "bounds_sampled": tree.BoundsBlock,
+    "rewards": tree.Rewards,
+    "ppo": tree.PpoTerms,
+    "token_masking": tree.TokenMasking,
+    "importance": tree.Importance,
+    "category_divergence": tree.CategoryDivergence,
+    "category": tree.Category,
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_each_definition_has_the_fields_of_its_dataclass_in_their_order(name: str) -> None:
+    fields = [field.name for field in dataclasses.fields(DEFINITIONS[name])]
+    definition = SCHEMA["$defs"][name]
+    assert list(definition["properties"]) == definition["required"] == fields
+    assert definition["additionalProperties"] is False
+
+
+def test_every_definition_with_fixed_keys_belongs_to_a_dataclass() -> None:
+    fixed = {name for name, definition in SCHEMA["$defs"].items() if "required" in definition}
+    assert fixed == set(DEFINITIONS)

@@ -1,0 +1,445 @@
+"""The command line: the only place that prints and exits. Commands are a thin skin over functions of the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import click
+
+from trm_audit import __version__
+from trm_audit.console import duration, printable, say, watching
+from trm_audit.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_PARTIAL,
+    EXIT_USAGE,
+    AuditError,
+    GateFailed,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from trm_audit.criteria.thresholds import Criteria
+
+EXIT_PIPE_CLOSED = 141
+SHOWN_ERRORS = 20
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Percentage(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
+    """A share as `1%` or `0.01`."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{text!r} is not a share like 1% or 0.01", param, ctx)
+        if not 0 < share <= 1:
+            self.fail(f"{text} is not above 0 and at most 100%", param, ctx)
+        return share
+
+
+class _Part(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
+    """`i/n`: the i-th of n parts."""
+
+    name = "i/n"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, _, second = str(value).partition("/")
+        if not (first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+            self.fail(f"{value!r} is not i/n with 1 <= i <= n, as 3/8", param, ctx)
+        return int(first), int(second)
+
+
+class _Renames(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
+    """`ours=theirs`."""
+
+    name = "ours=theirs"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        ours, equals, theirs = str(value).partition("=")
+        if not (ours and equals and theirs):
+            self.fail(f"{value!r} is not OURS=THEIRS", param, ctx)
+        return ours, theirs
+
+
+def _columns(command: F) -> F:
+    return click.option(
+        "--column",
+        "columns",
+        type=_Renames(),
+        multiple=True,
+        help="Read the column THEIRS as OURS (schemas/rollout.md lists ours). Repeatable.",
+    )(command)
+
+
+def _criteria_flags(command: F) -> F:
+    """The flags that spell criteria, shared by filter and report."""
+    divergence = "kl, kl-reverse, tv, abs-log-ratio, k2 or k3; the default depends on the grade and is printed."
+    for option in reversed(
+        [
+            click.option(
+                "--delta-max", type=float, help="Keep a sequence if the largest divergence of a token is at most this."
+            ),
+            click.option("--max-of", help=f"Divergence of --delta-max: {divergence}"),
+            click.option("--delta-avg", type=float, help="Keep a sequence if its mean divergence is at most this."),
+            click.option("--avg-of", help=f"Divergence of --delta-avg: {divergence}"),
+            click.option(
+                "--delta-total", type=float, help="Keep a sequence if the sum of its divergences is at most this."
+            ),
+            click.option("--total-of", help=f"Divergence of --delta-total: {divergence}"),
+            click.option(
+                "--keep", metavar="EXPR", help='Keep where this holds: "seq_max_kl<=0.05 and seq_mean_k3<=0.002".'
+            ),
+            click.option(
+                "--undecided",
+                type=click.Choice(["mask", "keep", "error"]),
+                default="mask",
+                show_default=True,
+                help="Rows whose interval of kl or tv contains the threshold.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another run's output in the same folder.")
+_ALLOW_PARTIAL = click.option("--allow-partial", is_flag=True, help="Take a score folder whose run has not finished.")
+_OUTPUT = click.option("-o", "--output", required=True, help="Output folder, or - for an Arrow stream on stdout.")
+_INPUTS = click.argument("inputs", nargs=-1, required=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="trm-audit")
+def cli() -> None:
+    """How far is the policy that sampled your rollouts from the one you train?
+
+    score rollouts with the training model, filter out sequences outside the trust region, report what was found.
+    INPUTS are folders, files, globs, or - for an Arrow stream on stdin.
+    """
+
+
+@cli.command()
+@_INPUTS
+@_OUTPUT
+@click.option("--model", type=click.Path(path_type=Path), help="Checkpoint folder of the training model (safetensors).")
+@click.option(
+    "--trainer-logprobs",
+    type=click.Choice(["model", "stored"]),
+    default="model",
+    show_default=True,
+    help="Score with --model, or take the trainer's own values from the column trainer_logprobs.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
+)
+@click.option(
+    "--head-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the head; auto is that of --dtype.",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(1), help="Cut both sides to the first N tokens (padded vocabularies)."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Padded tokens of one forward [default: 4096 CPU, 16384 GPU]."
+)
+@click.option(
+    "--head-rows", type=click.IntRange(1), default=128, show_default=True, help="Positions whose logits exist at once."
+)
+@click.option("--temperature", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
+@click.option("--top-p", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
+@click.option("--top-k", type=int, default=-1, help="Of rows that do not state theirs [default: off].")
+@click.option(
+    "--logprobs-mode",
+    type=click.Choice(["raw", "tempered", "processed"]),
+    help="Stage of the stored values of rows that do not state it.",
+)
+@click.option("--trainer-version", type=int, help="Policy version of the model, for staleness.")
+@click.option(
+    "--logits", type=click.Path(path_type=Path), multiple=True, help="Further side files with full logits. Repeatable."
+)
+@_columns
+@click.option("--limit", type=click.IntRange(1), help="Score the first N rows only.")
+@click.option("--sample", type=_Percentage(), default="100%", help="Score a share of the groups, as 1%.")
+@click.option(
+    "--part", type=_Part(), default="1/1", help="Score the i-th of n parts of the shards (Slurm arrays), as 3/8."
+)
+@click.option("--skip-bad", is_flag=True, help="Go on without bad rows and shards; exit code 4 if there were any.")
+@_OVERWRITE
+@click.option("--dry-run", is_flag=True, help="Count, time a few rows, and say how long it would take.")
+def score(
+    inputs: tuple[str, ...],
+    output: str,
+    columns: tuple[tuple[str, str], ...],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    logprobs_mode: str | None,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
+    """Score rollouts again with the training model."""
+    from trm_audit.pipeline.score import ScoreOptions
+    from trm_audit.pipeline.score import dry_run as estimate
+    from trm_audit.pipeline.score import score as run
+    from trm_audit.rollout import Sampling
+
+    options = ScoreOptions(
+        columns=dict(columns),
+        defaults=Sampling(temperature, top_p, top_k, logprobs_mode or "raw"),
+        mode_given=logprobs_mode is not None,
+        **settings,
+    )
+    if dry_run:
+        found = estimate(inputs, options)
+        click.echo(
+            f"{found.rows:,} rollouts in {found.shards:,} shards, {found.num_tokens:,} response tokens, "
+            f"{found.logits_bytes / 1e9:.2f} GB of stored logits: about {duration(found.seconds)} "
+            f"at {found.tokens_per_second:,.0f} tokens/s"
+        )
+        return
+    with watching("score") as watch:
+        result = run(inputs, _target(output), options, source=_source(inputs), progress=watch)
+    say(_score_line(result, output))
+    if result.num_skipped or result.bad_shards:
+        sys.exit(EXIT_PARTIAL)
+
+
+def _score_line(result: Any, output: str) -> str:
+    parts = [f"scored {result.rows:,} rollouts, {result.num_tokens:,} tokens in {result.shards:,} shards"]
+    if result.done:
+        parts.append(f"{result.done:,} were there already")
+    parts.append(f"{duration(result.seconds)}, {result.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s")
+    parts += [f"{count:,} {grade}" for grade, count in sorted(result.grades.items())]
+    if result.num_disagreements:
+        parts.append(f"{result.num_disagreements:,} sampled log-probabilities do not fit the stored distribution")
+    if result.num_infinite:
+        parts.append(f"{result.num_infinite:,} tokens with infinite KL")
+    for policy in ("raw", "tempered"):
+        if result.audited_policies.get(policy):
+            parts.append(f"{result.audited_policies[policy]:,} rollouts compared as {policy} values only")
+    if result.num_skipped or result.bad_shards:
+        parts.append(f"left out {result.num_skipped:,} rows and {result.bad_shards:,} shards")
+    if not result.complete:
+        parts.append("other parts are still missing")
+    return "; ".join(parts) + ("" if output == "-" else f" -> {output}")
+
+
+@cli.command(name="filter")
+@_INPUTS
+@_OUTPUT
+@_criteria_flags
+@click.option("--drop", is_flag=True, help="Leave rejected rows out; n_total and n_kept travel with the output.")
+@click.option(
+    "--advantage",
+    type=click.Choice(["auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="Fill an absent advantage from reward and group.",
+)
+@_ALLOW_PARTIAL
+@_OVERWRITE
+def filter_command(
+    inputs: tuple[str, ...],
+    output: str,
+    drop: bool,
+    advantage: str,
+    allow_partial: bool,
+    overwrite: bool,
+    **criteria: Any,
+) -> None:
+    """Mask sequences outside the trust region."""
+    from trm_audit.criteria.thresholds import Criteria
+    from trm_audit.pipeline.filter import FilterOptions, filter_scores
+
+    options = FilterOptions(Criteria(**criteria), drop, advantage, allow_partial, overwrite)
+    with watching("filter") as watch:
+        result = filter_scores(inputs, _target(output), options, source=_source(inputs), progress=watch)
+    share = result.n_kept / result.n_total if result.n_total else 0.0
+    reasons = "".join(f"; {count:,} {cause}" for cause, count in result.reasons.most_common())
+    say(
+        f"kept {result.n_kept:,} of {result.n_total:,} sequences ({share:.1%}), {result.tokens_kept:,} of "
+        f"{result.tokens_total:,} tokens{reasons}" + ("" if output == "-" else f" -> {output}")
+    )
+
+
+@cli.command()
+@_INPUTS
+@_criteria_flags
+@click.option("--horizon", type=click.IntRange(1), help="T of the bounds [default: the longest response].")
+@click.option("--reward-range", type=float, help="R_max - R_min [default: from the data].")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout (schemas/report.schema.json).")
+@click.option(
+    "--fail-on", "gates", multiple=True, metavar="COND", help='Exit 1 if this holds: "acceptance<0.7". Repeatable.'
+)
+@_ALLOW_PARTIAL
+def report(
+    inputs: tuple[str, ...],
+    horizon: int | None,
+    reward_range: float | None,
+    as_json: bool,
+    gates: tuple[str, ...],
+    allow_partial: bool,
+    **criteria: Any,
+) -> None:
+    """Say how far apart the policies are, and what that permits to claim."""
+    from trm_audit.pipeline.report import ReportOptions, summarize
+    from trm_audit.report.gates import check, parse_gate
+
+    conditions = [parse_gate(gate) for gate in gates]
+    options = ReportOptions(_criteria_or_none(criteria), horizon, reward_range, allow_partial)
+    with watching("report") as watch:
+        summary = summarize(inputs, options, source=_source(inputs), progress=watch)
+    if as_json:
+        click.echo(summary.to_json())
+    else:
+        from rich.console import Console
+
+        from trm_audit.report.terminal import render
+
+        render(summary, Console(file=sys.stdout))
+    failed = check(conditions, summary)
+    if failed:
+        raise GateFailed("; ".join(failed), place="--fail-on")
+
+
+def _criteria_or_none(criteria: dict[str, Any]) -> Criteria | None:
+    from trm_audit.criteria.thresholds import Criteria
+
+    given = any(value is not None for name, value in criteria.items() if name != "undecided")
+    return Criteria(**criteria) if given else None
+
+
+@cli.command()
+@_INPUTS
+@click.option("--vocab-size", type=click.IntRange(1), help="Token ids have to be below this.")
+@click.option("--no-logits", is_flag=True, help="Do not read the values of stored full logits, only where they lie.")
+@_columns
+def validate(
+    inputs: tuple[str, ...], vocab_size: int | None, no_logits: bool, columns: tuple[tuple[str, str], ...]
+) -> None:
+    """Check rollout shards against the schema, without a model."""
+    from trm_audit.pipeline.validate import ValidateOptions, ValidateResult
+    from trm_audit.pipeline.validate import validate as run
+
+    options = ValidateOptions(vocab_size, dict(columns), not no_logits)
+    with watching("validate") as watch:
+        result: ValidateResult = run(inputs, options, source=_source(inputs), progress=watch)
+    for error in result.errors[:SHOWN_ERRORS]:
+        click.echo(printable(_message(error)))
+    if len(result.errors) > SHOWN_ERRORS:
+        click.echo(f"... and {len(result.errors) - SHOWN_ERRORS:,} more errors")
+    for sentence, rows in result.warnings.most_common():
+        click.echo(f"Warning: {sentence} ({rows:,} rows)")
+    grades = ", ".join(f"{count:,} {grade}" for grade, count in sorted(result.grades.items()))
+    click.echo(
+        f"{result.rows:,} rollouts in {result.shards:,} shards, {result.num_tokens:,} policy tokens"
+        f"{': ' + grades if grades else ''}; {len(result.errors):,} errors, {len(result.warnings):,} warnings"
+    )
+    if result.errors:
+        sys.exit(EXIT_BAD_INPUT)
+
+
+@cli.command()
+@click.option("--horizon", type=click.IntRange(1), required=True, help="T, the longest response.")
+@click.option("--kl-max", type=float, help="delta, the largest KL of a context (nats).")
+@click.option("--kl-seq", type=float, help="D_seq, the expected sum of KL over a response (nats).")
+@click.option("--tv-max", type=float, help="eps, the largest total variation of a context.")
+@click.option("--tv-seq", type=float, help="D_TV_seq, total variation between the laws of whole responses.")
+@click.option("--reward-range", type=float, default=1.0, show_default=True, help="R_max - R_min.")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+def bounds(as_json: bool, **values: Any) -> None:
+    """The bounds on the surrogate's error, as a calculator."""
+    from trm_audit.numerics.bounds import error_bounds
+    from trm_audit.report.calculator import bounds_json, render_bounds
+
+    try:
+        found = error_bounds(values.pop("horizon"), **values)
+    except ValueError as error:
+        raise UsageError(str(error), next_step="See trm-audit bounds --help.") from error
+    if as_json:
+        click.echo(bounds_json(found))
+        return
+    from rich.console import Console
+
+    render_bounds(found, Console(file=sys.stdout))
+
+
+@cli.command()
+@click.argument("name", type=click.Choice(["rollout", "score", "training", "stream", "report"]))
+def schema(name: str) -> None:
+    """Print a page of the file formats."""
+    from importlib.resources import files
+
+    click.echo(files("trm_audit.schemas").joinpath(f"{name}.md").read_text("utf-8"), nl=False)
+
+
+def _target(output: str) -> str | BinaryIO:
+    if output != "-":
+        return output
+    if sys.stdout.isatty():
+        raise UsageError(
+            "an Arrow stream is binary and this is a terminal", place="-o -", next_step="Pipe it somewhere."
+        )
+    return sys.stdout.buffer
+
+
+def _source(inputs: tuple[str, ...]) -> BinaryIO | None:
+    if "-" not in inputs:
+        return None
+    if inputs != ("-",):
+        raise UsageError("- cannot be mixed with files")
+    if sys.stdin.isatty():
+        raise UsageError("nothing is piped into -", next_step="Pipe the output of another command, or name files.")
+    return sys.stdin.buffer
+
+
+def _message(error: AuditError) -> str:
+    return "Error: " + str(error).replace("\n", "\n       ")
+
+
+def main() -> None:
+    """Entry point of `trm-audit`: runs a command; what goes wrong becomes a message and an exit code (see `errors`)."""
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except AuditError as error:
+        say(_message(error))
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        say("\nInterrupted. The same command goes on where it was.")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE_CLOSED)
+    except Exception as error:
+        if os.environ.get("TRM_AUDIT_TRACEBACK"):
+            traceback.print_exc()
+        say(
+            f"Internal error: {type(error).__name__}: {error}\n"
+            "       This is a bug in trm-audit. TRM_AUDIT_TRACEBACK=1 shows where; what was published stays."
+        )
+        sys.exit(EXIT_INTERNAL)

@@ -1,0 +1,195 @@
+"""The training model: its decoder's hidden states for a batch of sequences, and its head on chosen positions.
+
+The head of a causal language model is whatever its forward does after the decoder: a matrix, often a soft cap or a
+scale. So that none of it is written again here, the decoder inside the loaded model is replaced by a stand-in that
+returns given hidden states, and the model's own forward does the rest. A probe at start-up compares both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trm_audit.engine.checkpoint import Checkpoint
+from trm_audit.errors import BadInput, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Position scalings that look at the longest row of a batch."""
+
+
+class _StandIn(nn.Module):
+    """Takes the decoder's place and returns the hidden states it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, *_: object, **__: object) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+class TrainerModel:
+    """A loaded checkpoint, ready to score.
+
+    Args:
+        checkpoint: what to load.
+        device: `auto`, `cpu` or `cuda[:i]`; auto takes the first GPU if there is one.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`; auto is float32 on a CPU and bfloat16 on a GPU.
+        head_dtype: `auto` (as `dtype`) or `float32`: what the head computes in.
+        vocab_size: cut the head's output to the first n tokens; None keeps all.
+
+    Raises:
+        BadInput: weights are missing or of another shape, or transformers does not know the architecture.
+        UsageError: a device or type that is not there.
+
+    Attributes:
+        vocab_size: columns of `logits`.
+        alone: rows must not be padded together (see `plan.micro_batches`).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        head_dtype: str = "auto",
+        vocab_size: int | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.head_dtype = self.dtype if head_dtype == "auto" else pick_dtype(head_dtype, self.device)
+        self._model = _load(checkpoint, self.dtype).to(self.device).eval()
+        own = int(self._model.get_output_embeddings().weight.shape[0])
+        if vocab_size is not None and not 0 < vocab_size <= own:
+            raise UsageError(f"--vocab-size {vocab_size}: the model has {own} tokens")
+        self.vocab_size = own if vocab_size is None else vocab_size
+        rope = getattr(self._model.config, "rope_parameters", None) or {}
+        self.alone = isinstance(rope, dict) and rope.get("rope_type") in BATCH_DEPENDENT_ROPE
+        self._stand_in = _StandIn()
+        self._decoder = self._split()
+        if self.head_dtype != self.dtype:
+            self._widen_head()
+
+    @torch.inference_mode()
+    def hidden(self, rows: Sequence[Tensor]) -> Tensor:
+        """Last hidden states, [rows, longest, H]; what lies behind the end of a shorter row means nothing.
+
+        Args:
+            rows: token ids of each sequence, int64 on the CPU. Padded on the right, where a causal model never looks,
+                so no mask is needed.
+        """
+        padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device, non_blocking=True)
+        out: Tensor = self._decoder(input_ids=padded, use_cache=False).last_hidden_state
+        return out
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of n positions, [n, vocab_size] float32 (as the head's type gives them).
+
+        Args:
+            hidden: [n, H].
+        """
+        self._stand_in.hidden = hidden.to(self.head_dtype)[None]
+        out: Tensor = self._model(input_ids=None, use_cache=False).logits[0]
+        self._stand_in.hidden = None
+        return out[:, : self.vocab_size].float()
+
+    @torch.inference_mode()
+    def _split(self) -> nn.Module:
+        """Takes the decoder out of the model, after a probe that both ways give the same logits."""
+        name = self._model.base_model_prefix
+        decoder = getattr(self._model, name, None)
+        probe = torch.arange(1, 8, device=self.device)[None] % self.vocab_size
+        whole = self._model(input_ids=probe, use_cache=False).logits[0].float()
+        if not isinstance(decoder, nn.Module):
+            raise BadInput(f"{type(self._model).__name__} has no decoder to take out", next_step=_NOT_SPLIT)
+        setattr(self._model, name, self._stand_in)
+        try:
+            self._stand_in.hidden = decoder(input_ids=probe, use_cache=False).last_hidden_state
+            parts = self._model(input_ids=None, use_cache=False).logits[0].float()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{type(self._model).__name__}: {error}", next_step=_NOT_SPLIT) from error
+        off = float((whole.log_softmax(1) - parts.log_softmax(1)).abs().max())
+        if not off <= PROBE_TOLERANCE[self.dtype]:
+            raise BadInput(
+                f"{type(self._model).__name__}: head apart from decoder is off by {off:.1e}", next_step=_NOT_SPLIT
+            )
+        return decoder
+
+    def _widen_head(self) -> None:
+        head = self._model.get_output_embeddings()
+        wide = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        wide.weight = nn.Parameter(head.weight.detach().to(self.head_dtype), requires_grad=False)
+        if head.bias is not None:
+            wide.bias = nn.Parameter(head.bias.detach().to(self.head_dtype), requires_grad=False)
+        self._model.set_output_embeddings(wide)
+
+
+_NOT_SPLIT = (
+    "This architecture cannot be scored; use --trainer-logprobs stored with the trainer's own log-probabilities."
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:i` as a device. Raises UsageError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: auto, cpu or cuda[:i] is needed") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: auto, cpu or cuda[:i] is needed")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there is no such GPU", next_step="Use --device cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A type by name; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        auto: Any = transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise BadInput(f"transformers cannot load it ({_first_line(error)})", place=str(checkpoint.path)) from error
+    wrong = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
+    if wrong:
+        raise BadInput(
+            f"{len(wrong)} weights are missing or of another shape, {wrong[0]} first",
+            place=str(checkpoint.path),
+            next_step="A model with random weights would score without complaint: fetch or convert it again.",
+        )
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

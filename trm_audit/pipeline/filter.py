@@ -1,0 +1,367 @@
+"""From score shards to training shards: verdicts, loss masks, advantages. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from trm_audit import __version__
+from trm_audit.criteria.thresholds import Criteria, describe, needed_columns, resolve
+from trm_audit.criteria.verdicts import Verdicts, causes, decide
+from trm_audit.errors import BadInput, UsageError
+from trm_audit.pipeline.advantages import Baselines, whole_groups
+from trm_audit.pipeline.progress import Progress, Silent
+from trm_audit.pipeline.selection import content_digest, digest
+from trm_audit.shards import schema
+from trm_audit.shards.publish import OutputFolder
+from trm_audit.shards.read import Found, Shard, StreamSource, find_shards, open_stream, read_batches, rows_at_once
+from trm_audit.shards.training import training_columns
+from trm_audit.shards.write import Sink, StreamSink, head
+
+BATCH_TOKENS = 1 << 21
+OVERVIEW = ("grade", "num_tokens", "group_id", "reward")
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """Settings of a filter run.
+
+    Attributes:
+        criteria: what a sequence has to satisfy.
+        drop: leave rejected rows out instead of keeping their place.
+        advantage: `auto` fills an absent column from reward and group, `none` does not.
+        allow_partial: take a score folder whose run has not finished.
+        overwrite: replace another run's output.
+    """
+
+    criteria: Criteria
+    drop: bool = False
+    advantage: str = "auto"
+    allow_partial: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class FilterResult:
+    """What a filter run did.
+
+    Attributes:
+        n_total, n_kept: rows judged (N of the objective) and kept.
+        tokens_total, tokens_kept: their policy tokens.
+        reasons: rows by cause; a row with several counts once for each.
+        criteria: as resolved: the divergences are named.
+        shards, done: published by this call, and there before.
+    """
+
+    n_total: int = 0
+    n_kept: int = 0
+    tokens_total: int = 0
+    tokens_kept: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    criteria: Criteria | None = None
+    shards: int = 0
+    done: int = 0
+
+    def add(self, counts: Mapping[str, object]) -> None:
+        """Adds what a shard's footer counts."""
+        for name in ("n_total", "n_kept", "tokens_total", "tokens_kept"):
+            setattr(self, name, getattr(self, name) + int(str(counts[name])))
+        reasons = counts["reasons"]
+        assert isinstance(reasons, dict)
+        self.reasons.update(reasons)
+
+    def counts(self) -> dict[str, object]:
+        """For a footer or trailer."""
+        names = ("n_total", "n_kept", "tokens_total", "tokens_kept")
+        return {**{name: getattr(self, name) for name in names}, "reasons": dict(sorted(self.reasons.items()))}
+
+
+def filter_scores(
+    inputs: Sequence[str],
+    output: str | BinaryIO,
+    options: FilterOptions,
+    *,
+    source: BinaryIO | None = None,
+    progress: Progress | None = None,
+) -> FilterResult:
+    """Decides which sequences to train on and writes training shards (schemas/training.md).
+
+    Args:
+        inputs: score folders, files, globs; or ["-"] for an Arrow stream from `source`.
+        output: a folder, or a binary file for an Arrow stream.
+        options: settings.
+        source: where `-` is read from.
+        progress: who watches; is told which divergence decides.
+
+    Raises:
+        AuditError: see `errors`; what was published before stays.
+    """
+    watch = progress or Silent()
+    if list(inputs) == ["-"]:
+        if source is None:
+            raise UsageError("no stream was given to read - from")
+        stream = open_stream(source, "scores")
+        return _filter_stream(stream, output, options, watch)
+    found = find_score_shards(inputs, options.allow_partial)
+    overview = _overview(found.shards)
+    criteria = resolve(options.criteria, overview.grades)
+    for line in describe(criteria, overview.grades):
+        watch.note(line)
+    job = _Job(criteria, options, overview.baselines if options.advantage == "auto" else None)
+    result = FilterResult(criteria=criteria)
+    runs = [shard.json(schema.RUN) for shard in found.shards]
+    if isinstance(output, str):
+        _to_folder(found.shards, Path(output), job, runs[0], result, watch)
+    else:
+        sink = StreamSink(output, job.head(runs[0]))
+        watch.start(sum(shard.num_tokens for shard in found.shards))
+        for shard in found.shards:
+            job.shard(shard, sink, result, watch)
+        result.shards = len(found.shards)
+        sink.close(result.counts())
+    return result
+
+
+def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
+    """Score shards of finished runs.
+
+    Raises:
+        BadInput: a shard cannot be read, a run is not finished, or the shards are of several models.
+    """
+    for text in inputs:
+        unfinished = (Path(text) / "run.json").is_file() and not (Path(text) / "_SUCCESS").is_file()
+        if unfinished and not allow_partial:
+            raise BadInput(
+                "its scoring run is not finished (no _SUCCESS)",
+                place=text,
+                next_step="Run the same score command again, it goes on where it was; "
+                "--allow-partial takes what is there.",
+            )
+    found = find_shards(inputs, "scores")
+    if found.bad:
+        raise found.bad[0]
+    models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
+    if len(models) > 1:
+        raise BadInput(
+            f"the shards were scored with {len(models)} different models",
+            place=", ".join(inputs),
+            next_step="A verdict is about one model: filter them apart.",
+        )
+    return found
+
+
+@dataclass
+class _Overview:
+    """What the first pass finds out: grades that occur, and baselines if advantages have to be filled."""
+
+    grades: set[str]
+    baselines: Baselines | None
+
+
+def _overview(shards: Sequence[Shard]) -> _Overview:
+    out = _Overview(set(), None)
+    fill = all(needs_advantage(set(_names(shard))) for shard in shards)
+    if fill:
+        out.baselines = Baselines()
+    for shard in shards:
+        names = _names(shard)
+        for needed in ("grade", "num_tokens"):
+            if needed not in names:
+                raise BadInput(
+                    f"column {needed!r} is missing", place=str(shard.path), next_step="See schemas/score.md."
+                )
+        columns = [name for name in OVERVIEW if name in names and (fill or name in OVERVIEW[:2])]
+        for batch in read_batches(shard.path, batch_rows=65536, columns=columns):
+            out.grades.update(grades_of(batch))
+            if out.baselines is not None:
+                out.baselines.add(batch)
+    return out
+
+
+def grades_in(shards: Sequence[Shard]) -> set[str]:
+    """Grades of the rows that have policy tokens, over several shards."""
+    columns = list(OVERVIEW[:2])
+    batches = (batch for shard in shards for batch in read_batches(shard.path, batch_rows=65536, columns=columns))
+    return set().union(*(grades_of(batch) for batch in batches))
+
+
+def _names(shard: Shard) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(shard.path).names)
+
+
+def needs_advantage(names: set[str]) -> bool:
+    """Whether `--advantage auto` has something to fill, and something to fill it from."""
+    return "advantage" not in names and "reward" in names
+
+
+def _to_folder(
+    shards: Sequence[Shard],
+    output: Path,
+    job: _Job,
+    score_run: Mapping[str, object],
+    result: FilterResult,
+    watch: Progress,
+) -> None:
+    fingerprints = [_fingerprint(shard) for shard in shards]
+    run = {"kind": "training", "score_run": dict(score_run), "input": digest(fingerprints), **job.settings()}
+    run["fingerprint"] = digest(run)
+    with OutputFolder(output, run, overwrite=job.options.overwrite) as folder:
+        watch.start(sum(shard.num_tokens for shard in shards))
+        for shard, content in zip(shards, fingerprints, strict=True):
+            fingerprint = digest([run["fingerprint"], content])
+            own = FilterResult()
+            if folder.is_done(shard.name, fingerprint):
+                counts = folder.manifest()[shard.name]["counts"]
+                assert isinstance(counts, dict)
+                result.add(counts)
+                result.done += 1
+                watch.advance(shard.num_tokens)
+                continue
+            with folder.shard(shard.name, job.head(score_run, fingerprint)) as sink:
+                job.shard(shard, sink, own, watch)
+                sink.close(own.counts())
+            result.add(own.counts())
+            result.shards += 1
+        names = [shard.name for shard in shards]
+        folder.finish(names, {"fingerprint": run["fingerprint"], "shards": names, **result.counts()})
+
+
+def _fingerprint(shard: Shard) -> str:
+    stated = shard.metadata.get(schema.FINGERPRINT)
+    return f"{stated.decode()}/{shard.num_rows}" if stated else content_digest([shard.path])
+
+
+def _filter_stream(
+    stream: StreamSource, output: str | BinaryIO, options: FilterOptions, watch: Progress
+) -> FilterResult:
+    fill = options.advantage == "auto" and needs_advantage(set(stream.schema.names))
+    batches = whole_groups(iter(stream)) if fill else iter(stream)
+    first = next((batch for batch in batches if batch.num_rows), None)
+    grades = set() if first is None else grades_of(first)
+    criteria = resolve(options.criteria, grades)
+    for line in describe(criteria, grades):
+        watch.note(line)
+    job = _Job(criteria, options, None)
+    result = FilterResult(criteria=criteria, shards=1)
+    run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
+    watch.start(0)
+
+    def judge(sink: Sink) -> None:
+        for batch in _chain(first, batches):
+            if fill:
+                job.baselines = Baselines()
+                job.baselines.add(batch)
+            sink.write(job.batch(batch, "-", result))
+            watch.advance(int(np.sum(batch.column("num_tokens").to_numpy(zero_copy_only=False))))
+        sink.close(result.counts())
+
+    if isinstance(output, str):
+        settings = {"kind": "training", "score_run": run, "input": "stream", **job.settings()}
+        settings["fingerprint"] = digest(settings)
+        with OutputFolder(Path(output), settings, overwrite=options.overwrite) as folder:
+            if (folder.data / STREAM_SHARD).exists() and not options.overwrite:
+                raise BadInput("is there already", place=str(folder.data / STREAM_SHARD), next_step="Use --overwrite.")
+            with folder.shard(STREAM_SHARD, job.head(run, str(settings["fingerprint"]))) as sink:
+                judge(sink)
+            folder.finish([STREAM_SHARD], {"fingerprint": settings["fingerprint"], **result.counts()})
+    else:
+        judge(StreamSink(output, job.head(run)))
+    return result
+
+
+STREAM_SHARD = "stream.parquet"
+
+
+def _chain(first: pa.RecordBatch | None, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def grades_of(batch: pa.RecordBatch) -> set[str]:
+    """Grades of the rows that have policy tokens."""
+    counted = pc.greater(batch.column("num_tokens"), 0)
+    return set(pc.unique(batch.column("grade").filter(counted)).to_pylist())
+
+
+class _Job:
+    """What is done to each batch.
+
+    Args:
+        criteria: resolved.
+        options: of the run.
+        baselines: for advantages, or None.
+    """
+
+    def __init__(self, criteria: Criteria, options: FilterOptions, baselines: Baselines | None) -> None:
+        self.criteria, self.options, self.baselines = criteria, options, baselines
+
+    def settings(self) -> dict[str, object]:
+        """What identifies the run besides its input."""
+        return {
+            "trm_audit": __version__,
+            "criteria": json.loads(self.criteria.to_json()),
+            "drop": self.options.drop,
+            "advantage": self.options.advantage,
+        }
+
+    def head(self, score_run: Mapping[str, object], fingerprint: str = "") -> dict[bytes, bytes]:
+        return head("training", fingerprint=fingerprint, run=dict(score_run), filter=self.settings())
+
+    def shard(self, shard: Shard, sink: Sink, result: FilterResult, watch: Progress) -> None:
+        """Judges a shard's rows."""
+        for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)):
+            sink.write(self.batch(batch, str(shard.path), result))
+            watch.advance(int(np.sum(batch.column("num_tokens").to_numpy(zero_copy_only=False))))
+
+    def batch(self, batch: pa.RecordBatch, place: str, result: FilterResult) -> pa.RecordBatch:
+        """Judges a batch; the columns to write."""
+        verdicts = judge(batch, self.criteria, place)
+        num_tokens = batch.column("num_tokens").to_numpy(zero_copy_only=False)
+        result.n_total += batch.num_rows
+        result.n_kept += int(verdicts.keep.sum())
+        result.tokens_total += int(num_tokens.sum())
+        result.tokens_kept += int(num_tokens[verdicts.keep].sum())
+        for reason in verdicts.reason:
+            if reason is not None:
+                result.reasons.update(causes(reason))
+        advantage = self.baselines.advantages(batch) if self.baselines is not None else None
+        out = training_columns(batch, verdicts.keep, verdicts.reason, advantage)
+        return out.filter(pa.array(verdicts.keep)) if self.options.drop else out
+
+
+def judge(batch: pa.RecordBatch, criteria: Criteria, place: str = "-") -> Verdicts:
+    """Verdicts on a batch of a score shard.
+
+    Raises:
+        UsageError: the criteria do not fit the grades, or name columns that are not there.
+        BadInput: a column is missing.
+    """
+    names = needed_columns(criteria, grades_of(batch), set(batch.schema.names))
+
+    def row_place(row: int) -> str:
+        name = batch.column("rollout_id")[row].as_py() if "rollout_id" in batch.schema.names else row
+        return f"{place}, rollout_id={name}"
+
+    return decide(criteria, {name: _numbers(batch, name) for name in names}, row_place)
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    column = batch.column(name)
+    if name == "grade":
+        return np.asarray(column.to_pylist(), dtype=object)
+    try:
+        return np.asarray(pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UsageError(f"column {name} is {column.type}, a number is needed", place="--keep") from None

@@ -1,0 +1,125 @@
+"""Which rows a run is about: names seen twice, `--sample`, `--limit`, and what identifies the input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trm_audit.numerics.ragged import Bools
+from trm_audit.shards import schema
+from trm_audit.shards.read import Shard, read_batches
+
+WHOLE_FILE = 256 << 20
+PIECES, PIECE = 64, 1 << 16
+
+
+@dataclass
+class Selection:
+    """Rows of a run.
+
+    Attributes:
+        rows: shard name -> number of selected rows; a shard without any is not there.
+        duplicates: ids that occur more than once -> (file, row) of the first.
+        sample: share of groups that is taken, 1 for all.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    duplicates: dict[str, tuple[str, int]] = field(default_factory=dict)
+    sample: float = 1.0
+
+
+def select(shards: Sequence[Shard], renames: Mapping[str, str], sample: float, limit: int | None) -> Selection:
+    """Looks at the ids of all shards.
+
+    Args:
+        shards: in order.
+        renames: ours -> theirs.
+        sample: share to take, decided by a hash of `group_id` (of `rollout_id` without one), so that groups stay
+            whole and every run takes the same.
+        limit: at most so many rows, in order.
+    """
+    out = Selection(sample=sample)
+    first: dict[int, tuple[str, int]] = {}
+    left = limit if limit is not None else sum(shard.num_rows for shard in shards)
+    for shard in shards:
+        taken = row = 0
+        for batch in _names(shard, renames, sample):
+            names = batch.column(0).to_pylist()
+            for name in names:
+                at = (str(shard.path), row)
+                seen = first.setdefault(hash(name), at)
+                if seen != at and name is not None:
+                    out.duplicates.setdefault(name, seen)
+                row += 1
+            taken += int(sampled(batch.column(batch.num_columns - 1), sample).sum())
+        if min(taken, left) > 0 or (shard.num_rows == 0 and left > 0):
+            out.rows[shard.name] = min(taken, left)
+        left -= min(taken, left)
+    return out
+
+
+def _names(shard: Shard, renames: Mapping[str, str], sample: float) -> list[pa.RecordBatch]:
+    file_names = _column_names(shard)
+    wanted = [renames.get("rollout_id", "rollout_id")]
+    group = renames.get("group_id", "group_id")
+    if sample < 1 and group in file_names:
+        wanted.append(group)
+    if wanted[0] not in file_names:
+        return []
+    return list(read_batches(shard.path, batch_rows=65536, columns=wanted))
+
+
+def _column_names(shard: Shard) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(shard.path).names)
+
+
+def sampled(names: pa.Array, sample: float) -> Bools:
+    """Which rows a sample takes, by a hash of their names: [rows]."""
+    if sample >= 1:
+        return np.ones(len(names), dtype=np.bool_)
+    bound = int(sample * 2**64)
+    digests = (hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names.to_pylist())
+    return np.array([int.from_bytes(digest, "little") < bound for digest in digests], dtype=np.bool_)
+
+
+def sample_column(batch: pa.RecordBatch) -> pa.Array:
+    """The column that `--sample` looks at."""
+    return batch.column("group_id" if "group_id" in batch.schema.names else "rollout_id")
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over the content of some files.
+
+    Files above 256 MB (full logits run to terabytes) are told apart by their size, their ends and 64 pieces between,
+    which is what a rewrite changes; damage inside is what page checksums are for.
+    """
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            if size <= WHOLE_FILE:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+                continue
+            for i in range(PIECES + 1):
+                handle.seek((size - PIECE) * i // PIECES)
+                total.update(handle.read(PIECE))
+            total.update(str(size).encode())
+    return total.hexdigest()
+
+
+def shard_fingerprint(run: str, shard: Shard, rows: int) -> str:
+    """Identifies one shard of a run: the run, the shard's content, how many of its rows are taken."""
+    return digest([run, content_digest([shard.path, *shard.logits]), rows, schema.SCHEMA_VERSION])
