@@ -27,15 +27,11 @@ def rows_with_rewards(seed: int = 0) -> list[Row]:
     return rows
 
 
-def wanted(batch: pa.RecordBatch) -> np.ndarray:
-    return batch.column("wanted").to_numpy(zero_copy_only=False)
-
-
 def summarize(rows: list[Row], parts: int = 3, keep: list[bool] | None = None) -> AuditSummary:
-    builder = SummaryBuilder(verdict=wanted if keep else None)
-    rows = [row | {"wanted": keep[i] if keep else True} for i, row in enumerate(rows)]
+    builder = SummaryBuilder()
     for part in np.array_split(np.arange(len(rows)), parts):
-        builder.add(score_batch([rows[i] for i in part]))
+        batch = score_batch([rows[i] for i in part])
+        builder.add(batch if keep is None else batch.append_column("keep", pa.array([keep[i] for i in part], pa.bool_())))
     return builder.finish()
 
 

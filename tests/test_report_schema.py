@@ -29,10 +29,10 @@ def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool 
     if "kl" in (rows[0] if rows else {}):
         full = next(row for row in rows if any(row["response_mask"]))
         full["kl"][full["response_mask"].index(True)] = float("inf")
-    verdict = (lambda batch: np.arange(batch.num_rows) % 2 == 0) if decide else None
     thresholds = tree.Thresholds(delta_max=0.1, max_of="k2") if decide else None
-    builder = SummaryBuilder(thresholds, verdict)
-    builder.add(score_batch(rows, without) if rows else pa.RecordBatch.from_pydict({}))
+    builder = SummaryBuilder(thresholds)
+    batch = score_batch(rows, without) if rows else pa.RecordBatch.from_pydict({})
+    builder.add(batch.append_column("keep", pa.array(np.arange(len(rows)) % 2 == 0)) if rows and decide else batch)
     loaded: dict[str, Any] = json.loads(builder.finish().to_json())
     return loaded
 

@@ -117,9 +117,9 @@ def assert_equal_trees(a: Any, b: Any) -> None:
         assert a == b
 
 
-def keep_small_k2(batch: pa.RecordBatch) -> np.ndarray:
+def keeping_small_k2(batch: pa.RecordBatch) -> pa.RecordBatch:
     values = batch.column("seq_max_k2").to_numpy(zero_copy_only=False)
-    return np.nan_to_num(values, nan=np.inf) <= 0.1
+    return batch.append_column("keep", pa.array(np.nan_to_num(values, nan=np.inf) <= 0.1))
 
 
 def test_batches_and_builders_in_any_order_give_the_same_report() -> None:
@@ -127,11 +127,11 @@ def test_batches_and_builders_in_any_order_give_the_same_report() -> None:
     thresholds = Thresholds(delta_max=0.1, max_of="k2", avg_of="k3")
 
     def fresh() -> SummaryBuilder:
-        return SummaryBuilder(thresholds, keep_small_k2, ["seq_max_k2 <= 0.1"])
+        return SummaryBuilder(thresholds, ["seq_max_k2 <= 0.1"])
 
     # GIVEN all rows at once, and in parts of uneven size through builders of their own (one of them empty)
-    whole = summarize(score_batch(rows), builder=fresh()).to_dict()
-    whole_batch = score_batch(rows)
+    whole_batch = keeping_small_k2(score_batch(rows))
+    whole = summarize(whole_batch, builder=fresh()).to_dict()
     parts = [whole_batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 19, 70, 120, 120))]
     builders = []
     for part in parts:
@@ -225,7 +225,7 @@ def test_exact_and_estimated_bounds_never_share_a_name() -> None:
 
 def test_bounds_on_kept_rows_are_labelled_conditional() -> None:
     rows = of_grade(mixed_rows(), "exact")
-    summary = summarize(score_batch(rows), builder=SummaryBuilder(verdict=keep_small_k2))
+    summary = summarize(keeping_small_k2(score_batch(rows)))
     kept = [row for row in rows if (values := token_values(row, "k2")) and max(values) <= 0.1]
     block = summary.bounds["kept"]["exact"]
     assert block.rows == len(kept) == summary.n_kept
@@ -335,7 +335,7 @@ def test_sequence_weights_that_overflow_keep_their_effective_sample_size() -> No
 
 def test_breakdowns_equal_loops_over_each_category() -> None:
     rows = mixed_rows()
-    summary = summarize(score_batch(rows), builder=SummaryBuilder(verdict=keep_small_k2))
+    summary = summarize(keeping_small_k2(score_batch(rows)))
     for name, found in (("engine", summary.by_engine), ("policy_version", summary.by_policy_version)):
         assert [category.value for category in found] == sorted({row[name] for row in rows})
         for category in found:
@@ -365,13 +365,14 @@ def test_rows_of_a_training_shard_bring_their_verdicts_and_reasons() -> None:
     lists = [[v if m else 0.0 for v, m in zip(row["log_ratio"], row["response_mask"], strict=True)] for row in rows]
     batch = batch.drop_columns("log_ratio").append_column("log_ratio", pa.array(lists, pa.list_(pa.float64())))
     keep = [i % 3 > 0 for i in range(len(rows))]
-    reason = [None if k else "seq_max_kl_above_delta_max(value=0.0612, position=17, delta=0.05); no" for k in keep]
+    reason = [None if k else "seq_max_kl_above_delta_max(value=0.0612, position=17, delta=0.05); not_a_number" for k in keep]
     reason[0] = "no_policy_tokens"
     batch = batch.append_column("keep", pa.array(keep)).append_column("reason", pa.array(reason))
     summary = summarize(batch)
     assert summary.n_kept == sum(keep)
     assert summary.acceptance == sum(keep) / len(keep)
-    assert summary.reasons == {"seq_max_kl_above_delta_max": len(keep) - sum(keep) - 1, "no_policy_tokens": 1}
+    several = len(keep) - sum(keep) - 1
+    assert summary.reasons == {"seq_max_kl_above_delta_max": several, "not_a_number": several, "no_policy_tokens": 1}
     assert summary.tokens["log_ratio"].n == sum(sum(row["response_mask"]) for row in rows)
     assert "kl" not in summary.tokens
     assert summary.bounds["all"]["exact"].inputs["mean_seq_sum_tv"] is None

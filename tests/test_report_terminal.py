@@ -17,16 +17,14 @@ from trm_audit.report.terminal import SHOWN_CATEGORIES, render, safe_text
 ESCAPE, BELL, RIGHT_TO_LEFT, ISOLATE = "\x1b", "\x07", "\u202e", "\u2066"
 
 
-def small(batch: pa.RecordBatch) -> np.ndarray:
-    return np.nan_to_num(batch.column("seq_max_k2").to_numpy(zero_copy_only=False), nan=np.inf) <= 0.1
-
-
 def summary_of(grade: str, **columns: list[object]) -> AuditSummary:
     rows = random_rows(np.random.default_rng(0), 40, grade)
     for name, values in columns.items():
         rows = [row | {name: values[i % len(values)]} for i, row in enumerate(rows)]
-    builder = SummaryBuilder(Thresholds(delta_max=0.1, max_of="k2"), small, ["seq_max_k2 <= 0.1"])
-    builder.add(score_batch(rows))
+    builder = SummaryBuilder(Thresholds(delta_max=0.1, max_of="k2"), ["seq_max_k2 <= 0.1"])
+    batch = score_batch(rows)
+    small = np.nan_to_num(batch.column("seq_max_k2").to_numpy(zero_copy_only=False), nan=np.inf) <= 0.1
+    builder.add(batch.append_column("keep", pa.array(small)))
     return builder.finish()
 
 

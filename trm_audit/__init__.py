@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from trm_audit.pipeline.filter import filter_scores as filter_scores
     from trm_audit.pipeline.report import ReportOptions as ReportOptions
     from trm_audit.pipeline.report import summarize as summarize
-    from trm_audit.pipeline.score import ScoreOptions as ScoreOptions
     from trm_audit.pipeline.score import score as score
+    from trm_audit.pipeline.trainer import ScoreOptions as ScoreOptions
     from trm_audit.pipeline.validate import ValidateOptions as ValidateOptions
     from trm_audit.pipeline.validate import validate as validate
     from trm_audit.report.summary import AuditSummary as AuditSummary
@@ -46,7 +46,7 @@ _HOMES = {
     "FilterOptions": "pipeline.filter",
     "LogitsTableWriter": "shards.rollout_writer",
     "ReportOptions": "pipeline.report",
-    "ScoreOptions": "pipeline.score",
+    "ScoreOptions": "pipeline.trainer",
     "UsageError": "errors",
     "ValidateOptions": "pipeline.validate",
     "decide": "criteria.verdicts",

@@ -133,7 +133,7 @@ def cli() -> None:
 
 @cli.command()
 @_INPUTS
-@_OUTPUT
+@click.option("-o", "--output", help="Output folder, or - for an Arrow stream on stdout.")
 @click.option("--model", type=click.Path(path_type=Path), help="Checkpoint folder of the training model (safetensors).")
 @click.option(
     "--trainer-logprobs",
@@ -189,7 +189,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Count, time a few rows, and say how long it would take.")
 def score(
     inputs: tuple[str, ...],
-    output: str,
+    output: str | None,
     columns: tuple[tuple[str, str], ...],
     temperature: float,
     top_p: float,
@@ -199,9 +199,9 @@ def score(
     **settings: Any,
 ) -> None:
     """Score rollouts again with the training model."""
-    from trm_audit.pipeline.score import ScoreOptions
-    from trm_audit.pipeline.score import dry_run as estimate
+    from trm_audit.pipeline.dry_run import dry_run as estimate
     from trm_audit.pipeline.score import score as run
+    from trm_audit.pipeline.trainer import ScoreOptions
     from trm_audit.rollout import Sampling
 
     options = ScoreOptions(
@@ -218,6 +218,8 @@ def score(
             f"at {found.tokens_per_second:,.0f} tokens/s"
         )
         return
+    if output is None:
+        raise UsageError("an output is needed", place="-o", next_step="Give a folder, or - for an Arrow stream.")
     with watching("score") as watch:
         result = run(inputs, _target(output), options, source=_source(inputs), progress=watch)
     say(_score_line(result, output))

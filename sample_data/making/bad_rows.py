@@ -21,6 +21,8 @@ def good_row(index: int) -> Row:
         "response_ids": [*task.encode(";11"), task.EOS],
         "rollout_logprobs": [-0.105, -0.693, -0.01, -0.25],
         "reward": 1.0,
+        "temperature": 1.0,
+        "logprobs_mode": "raw",
     }
 
 
@@ -32,7 +34,7 @@ def overwrite(**values: Any) -> Callable[[Row], Any]:
 def topk(ids: list[int], logprobs: list[float]) -> Callable[[Row], Any]:
     """Top-K evidence at every position of the bad row; the first position is the faulty one."""
     rest = [[2, 3]] * 3, [[-0.1, -2.5]] * 3
-    return overwrite(rollout_topk_ids=[ids, *rest[0]], rollout_topk_logprobs=[logprobs, *rest[1]], logprobs_mode="raw")
+    return overwrite(rollout_topk_ids=[ids, *rest[0]], rollout_topk_logprobs=[logprobs, *rest[1]])
 
 
 NAN, INF = float("nan"), float("inf")
@@ -108,8 +110,8 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "-9999",
         overwrite(rollout_logprobs=[-0.1, -9999.0, -0.1, -0.1]),
     ),
-    ("topk-ascending", 6, False, "top-K values ascend", "rollout_topk_logprobs", topk([2, 3], [-2.5, -0.1])),
-    ("topk-duplicate-ids", 6, False, "a top-K list names one id twice", "rollout_topk_ids", topk([2, 2], [-0.7, -0.8])),
+    ("topk-ascending", 6, False, "top-K values ascend", "top-K", topk([2, 3], [-2.5, -0.1])),
+    ("topk-duplicate-ids", 6, False, "a top-K list names one id twice", "top-K", topk([2, 2], [-0.7, -0.8])),
     (
         "topk-of-other-length",
         6,
@@ -118,7 +120,7 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "rollout_topk",
         topk([2, 3, 4], [-0.1, -2.5]),
     ),
-    ("topk-filler", 6, False, "a raw top-K list is filled up with -inf", "inf", topk([2, 3], [-0.1, -INF])),
+    ("topk-filler", 6, False, "a raw top-K list is filled up with -inf", "top-K", topk([2, 3], [-0.1, -INF])),
     (
         "topk-sums-to-1.5",
         6,
@@ -127,9 +129,9 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "1.5",
         topk([2, 3], [float(np.log(0.8)), float(np.log(0.7))]),
     ),
-    ("zero-temperature", 7, False, "temperature is 0", "temperature", overwrite(temperature=0.0, logprobs_mode="raw")),
-    ("top-p-above-1", 7, False, "top_p is 1.5", "top_p", overwrite(top_p=1.5, logprobs_mode="raw")),
-    ("top-k-below-minus-1", 7, False, "top_k is -2", "top_k", overwrite(top_k=-2, logprobs_mode="raw")),
+    ("zero-temperature", 7, False, "temperature is 0", "temperature", overwrite(temperature=0.0)),
+    ("top-p-above-1", 7, False, "top_p is 1.5", "top_p", overwrite(top_p=1.5)),
+    ("top-k-below-minus-1", 7, False, "top_k is -2", "top_k", overwrite(top_k=-2)),
     ("unknown-logprobs-mode", 8, False, "logprobs_mode is `cooked`", "cooked", overwrite(logprobs_mode="cooked")),
     (
         "missing-logprobs-mode",
@@ -137,7 +139,7 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         False,
         "temperature is 0.6 and nothing says at which stage values were stored",
         "logprobs_mode",
-        overwrite(temperature=0.6),
+        overwrite(temperature=0.6, logprobs_mode=None),
     ),
     (
         "no-evidence",

@@ -61,7 +61,7 @@ def kl_per_token(folder: Path) -> list[tuple[dict[str, Any], NDArray[np.float64]
     return out
 
 
-def impulses(kl: NDArray[np.float64], *, reach: int = 3, floor: float = 1e-4) -> int:
+def impulses(kl: NDArray[np.float64], *, reach: int = 3, floor: float = 0.01) -> int:
     """Tokens with a KL above `floor` and ten times the median of their neighbours, up to `reach` on each side."""
     own = kl[~np.isnan(kl)]
     count = 0

@@ -65,7 +65,9 @@ def find_checkpoint(folder: Path) -> Checkpoint:
             with safe_open(str(file), framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"cannot be read as safetensors ({error})", place=str(file)) from error
+            raise BadInput(
+                f"cannot be read as safetensors ({error})", place=str(file), next_step="Fetch the model again."
+            ) from error
     return Checkpoint(folder, config, weights)
 
 
@@ -120,10 +122,21 @@ def _config(folder: Path, place: str) -> dict[str, Any]:
     return config
 
 
+def _names(index: Path) -> list[str]:
+    """Files that an index names."""
+    try:
+        names = set(map(str, json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"is not an index of safetensors files ({error!r})", place=str(index), next_step="Fetch the model again."
+        ) from error
+    return sorted(names)
+
+
 def _weights(folder: Path, place: str) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values()))
+        names = _names(index)
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise BadInput(f"names {name!r}, which is not a safetensors file of this folder", place=str(index))

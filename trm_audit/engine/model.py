@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,21 +21,35 @@ from trm_audit.errors import BadInput, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Position scalings that look at the longest row of a batch."""
 
 
-class _StandIn(nn.Module):
-    """Takes the decoder's place and returns the hidden states it was given."""
+class _Decoder:
+    """Takes the place of the decoder's forward: runs it, or returns the hidden states it was given."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, decoder: nn.Module) -> None:
+        self._forward = decoder.forward
         self.hidden: Tensor | None = None
+        decoder.forward = self  # the module itself stays: heads read its settings
 
-    def forward(self, *_: object, **__: object) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        if self.hidden is None:
+            return self._forward(*args, **kwargs)
+        return _output_type()(last_hidden_state=self.hidden)
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+@cache
+def _output_type() -> Any:
+    """What a decoder returns, with None for all that may come with hidden states (caches, router logits, ...)."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Output(BaseModelOutput):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    return Output
 
 
 class TrainerModel:
@@ -73,9 +88,7 @@ class TrainerModel:
         if vocab_size is not None and not 0 < vocab_size <= own:
             raise UsageError(f"--vocab-size {vocab_size}: the model has {own} tokens")
         self.vocab_size = own if vocab_size is None else vocab_size
-        rope = getattr(self._model.config, "rope_parameters", None) or {}
-        self.alone = isinstance(rope, dict) and rope.get("rope_type") in BATCH_DEPENDENT_ROPE
-        self._stand_in = _StandIn()
+        self.alone = bool(_rope_types(self._model.config) & BATCH_DEPENDENT_ROPE)
         self._decoder = self._split()
         if self.head_dtype != self.dtype:
             self._widen_head()
@@ -88,6 +101,7 @@ class TrainerModel:
             rows: token ids of each sequence, int64 on the CPU. Padded on the right, where a causal model never looks,
                 so no mask is needed.
         """
+        _forget_lengths(self._model)
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device, non_blocking=True)
         out: Tensor = self._decoder(input_ids=padded, use_cache=False).last_hidden_state
         return out
@@ -99,32 +113,35 @@ class TrainerModel:
         Args:
             hidden: [n, H].
         """
-        self._stand_in.hidden = hidden.to(self.head_dtype)[None]
-        out: Tensor = self._model(input_ids=None, use_cache=False).logits[0]
-        self._stand_in.hidden = None
-        return out[:, : self.vocab_size].float()
+        return self._head(hidden.to(self.head_dtype)[None])[0, :, : self.vocab_size].float()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The model's own forward behind the decoder. hidden: [1, n, H]."""
+        self._decoder.hidden = hidden
+        try:
+            out: Tensor = self._model(input_ids=None, use_cache=False).logits
+        finally:
+            self._decoder.hidden = None
+        return out
 
     @torch.inference_mode()
-    def _split(self) -> nn.Module:
-        """Takes the decoder out of the model, after a probe that both ways give the same logits."""
-        name = self._model.base_model_prefix
-        decoder = getattr(self._model, name, None)
+    def _split(self) -> _Decoder:
+        """Puts a switch into the decoder, after a probe that the parts give the same logits as the whole."""
+        module = self._model.get_decoder()
+        name = type(self._model).__name__
+        if not isinstance(module, nn.Module) or module is self._model:
+            raise BadInput(f"{name} has no decoder to take out", next_step=_NOT_SPLIT)
         probe = torch.arange(1, 8, device=self.device)[None] % self.vocab_size
         whole = self._model(input_ids=probe, use_cache=False).logits[0].float()
-        if not isinstance(decoder, nn.Module):
-            raise BadInput(f"{type(self._model).__name__} has no decoder to take out", next_step=_NOT_SPLIT)
-        setattr(self._model, name, self._stand_in)
+        self._decoder = _Decoder(module)
         try:
-            self._stand_in.hidden = decoder(input_ids=probe, use_cache=False).last_hidden_state
-            parts = self._model(input_ids=None, use_cache=False).logits[0].float()
+            parts = self._head(module(input_ids=probe, use_cache=False).last_hidden_state)[0].float()
         except (AttributeError, TypeError, ValueError) as error:
-            raise BadInput(f"{type(self._model).__name__}: {error}", next_step=_NOT_SPLIT) from error
+            raise BadInput(f"{name}: {error}", next_step=_NOT_SPLIT) from error
         off = float((whole.log_softmax(1) - parts.log_softmax(1)).abs().max())
         if not off <= PROBE_TOLERANCE[self.dtype]:
-            raise BadInput(
-                f"{type(self._model).__name__}: head apart from decoder is off by {off:.1e}", next_step=_NOT_SPLIT
-            )
-        return decoder
+            raise BadInput(f"{name}: head apart from decoder is off by {off:.1e}", next_step=_NOT_SPLIT)
+        return self._decoder
 
     def _widen_head(self) -> None:
         head = self._model.get_output_embeddings()
@@ -156,10 +173,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A type by name; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """A type by name; `auto` is float32 on a CPU and bfloat16 on a GPU. Raises UsageError for other names."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: auto, {', '.join(DTYPES)} are known")
     return DTYPES[name]
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Position scalings of a model: one, or one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {one.get("rope_type", "default") for one in (rope, *rope.values()) if isinstance(one, dict)}
+
+
+def _forget_lengths(model: nn.Module) -> None:
+    """Undoes what `dynamic` position scaling keeps of longer rows seen before: scores would depend on their order."""
+    for module in model.modules():
+        if hasattr(module, "original_max_seq_len") and hasattr(module, "original_inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

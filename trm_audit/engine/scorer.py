@@ -163,12 +163,25 @@ class _Piece:
             if len(stored) != len(at):
                 stored = stored[torch.from_numpy(at - at[0])]
             stored = stored.to(trainer.device)[:, : trainer.shape[1]].float()
-            rebuild = self.plans[row].rebuild
-            rollout = stored if rebuild is None else sampling_logits(stored, *rebuild)
+            rollout = self._rebuilt(row, tokens, stored)
             self._rollout_logprobs(row, tokens, stored, rollout)
             scores = divergences(rollout, trainer[int(mine[0]) : int(mine[-1]) + 1])
             for name in ("kl", "kl_reverse", "tv", "rollout_entropy", "trainer_entropy"):
                 self._put(name, tokens, getattr(scores, name))
+
+    def _rebuilt(self, row: int, tokens: Ints, stored: Tensor) -> Tensor:
+        """Logits of pi_roll, [n, V].
+
+        A token that was sampled was not truncated: where the rebuilt truncation says so, it is put back and counted.
+        """
+        rebuild = self.plans[row].rebuild
+        if rebuild is None:
+            return stored
+        rollout = sampling_logits(stored, *rebuild)
+        ids = torch.from_numpy(self.batch.response.values[tokens]).to(stored.device)[:, None]
+        lost = rollout.gather(1, ids).isneginf()
+        self.out.num_disagreements[row] += int((lost & ~stored.gather(1, ids).isneginf()).sum())
+        return rollout.scatter(1, ids, stored.gather(1, ids) / rebuild[0])
 
     def _rollout_logprobs(self, row: int, tokens: Ints, stored: Tensor, rollout: Tensor) -> None:
         """Checks the sampled values against the stored distribution, and replaces those that are not of pi_roll."""
@@ -178,7 +191,7 @@ class _Piece:
         given = self.batch.rollout_logprobs[tokens]
         largest = torch.where(stored.isneginf(), 0, stored).abs().amax(1).double().cpu().numpy()
         tolerance = AGREEMENT + 2 * self.logits.step(self.batch.rollout_id[row]) * largest
-        off = ~np.isnan(given) & ~(np.abs(given - expected) <= tolerance)
+        off = (~np.isnan(given) & ~(np.abs(given - expected) <= tolerance)) | np.isneginf(expected)
         self.out.num_disagreements[row] += int(off.sum())
         if self.out.rebuilt[row]:
             self.out.rollout_logprobs[tokens] = token_logprobs(rollout, ids).cpu().numpy()

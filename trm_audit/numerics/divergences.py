@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-SMALL = 0.5  # below it the series is used: its last term is then 3e-10 of the first
+SMALL = 0.5  # below it the series is used: what it leaves out is then 2e-9 of its first term
+OUTSIDE = -1e30  # stands for -inf in shifted logits: its exponential is 0, and 0 times it too
 CPU_ROWS, GPU_ROWS = 8, 256
 
 
@@ -86,50 +87,51 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 def _shift(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits minus their row maximum, the exponentials of that, and the log of those exponentials' sum ([n, 1])."""
-    shifted = logits - logits.amax(1, keepdim=True)
+    """Logits minus their row maximum, the exponentials of that, and the log of those exponentials' sum ([n, 1]).
+
+    -inf becomes OUTSIDE, so that what is computed with it stays a number.
+    """
+    shifted = (logits - logits.amax(1, keepdim=True)).clamp_(min=OUTSIDE)
     mass = shifted.exp()
     return shifted, mass, mass.sum(1, keepdim=True).log()
 
 
 def _entropy(p: Tensor, shifted: Tensor, log_mass: Tensor) -> Tensor:
-    return log_mass[:, 0].double() - torch.where(p > 0, p * shifted, 0).sum(1).double()
-
-
-def _log_quotient(shifted_p: Tensor, shifted_q: Tensor, p: Tensor, q: Tensor, offset: Tensor) -> Tensor:
-    """x = log q - log p, [n, V], with the normalisers' rounding taken out: sum_v p expm1(x) is 0 for the true x."""
-    both_out = shifted_p.isneginf() & shifted_q.isneginf()
-    x = torch.where(both_out, 0, shifted_q - shifted_p) - offset
-    even, odd = _series(x)
-    gap = torch.where(x.abs() < SMALL, p * (x + even + odd), q - p).sum(1, keepdim=True)
-    return x - gap.log1p()
-
-
-def _series(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Even and odd part of expm1(x) - x for abs(x) < SMALL; anything elsewhere."""
-    xx = x * x
-    even = xx * (1 / 2 + xx * (1 / 24 + xx * (1 / 720 + xx / 40320)))
-    odd = x * xx * (1 / 6 + xx * (1 / 120 + xx * (1 / 5040 + xx / 362880)))
-    return even, odd
+    return log_mass[:, 0].double() - (p * shifted).sum(1).double()
 
 
 def _rows(rollout: Tensor, trainer: Tensor) -> TokenDivergences:
     shifted_p, p, log_mass_p = _shift(rollout)
     shifted_q, q, log_mass_q = _shift(trainer)
-    p = p / p.sum(1, keepdim=True)
-    q = q / q.sum(1, keepdim=True)
-    x = _log_quotient(shifted_p, shifted_q, p, q, log_mass_q - log_mass_p)
+    p /= p.sum(1, keepdim=True)
+    q /= q.sum(1, keepdim=True)
+    x = (shifted_q - shifted_p).sub_(log_mass_q - log_mass_p)  # log q - log p
     small = x.abs() < SMALL
-    even, odd = _series(x)  # even + odd = expm1(x) - x
-    forward = torch.where(small, p * (even + odd), torch.where(p > 0, q - p - p * x, q))
-    reverse = torch.where(small, q * (even - odd), torch.where(q > 0, p - q + q * x, p))
-    distance = torch.where(small, p * (x + even + odd).abs(), (p - q).abs())
-    out_of_p, out_of_q = shifted_p.isneginf(), shifted_q.isneginf()
-    inf = torch.tensor(torch.inf, dtype=torch.float64, device=x.device)
+    xx = x * x
+    even = xx * (1 / 2 + xx * (1 / 24 + xx * (1 / 720 + xx / 40320)))
+    odd = x * xx * (1 / 6 + xx * (1 / 120 + xx * (1 / 5040 + xx / 362880)))  # even + odd = expm1(x) - x
+    difference = torch.where(small, p * (x + even + odd), q - p)  # q - p, with all digits where they are close
+    forward = torch.where(small, p * (even + odd), difference - p * x)
+    reverse = torch.where(small, q * (even - odd), q * x - difference)
     return TokenDivergences(
-        kl=torch.where((out_of_q & ~out_of_p).any(1), inf, forward.sum(1).double()),
-        kl_reverse=torch.where((out_of_p & ~out_of_q).any(1), inf, reverse.sum(1).double()),
-        tv=distance.sum(1).double() / 2,
+        kl=_infinite_where(forward.sum(1).double(), shifted_p, shifted_q),
+        kl_reverse=_infinite_where(reverse.sum(1).double(), shifted_q, shifted_p),
+        tv=_tv(difference, q),
         rollout_entropy=_entropy(p, shifted_p, log_mass_p),
         trainer_entropy=_entropy(q, shifted_q, log_mass_q),
     )
+
+
+def _tv(difference: Tensor, q: Tensor) -> Tensor:
+    """Half the L1 norm of q - p, less the normalisers' rounding to first order (q - p sums to 0 if they are right)."""
+    gap = difference.sum(1).double()
+    slope = torch.where(difference > 0, q, -q).sum(1).double()
+    return ((difference.abs().sum(1).double() - gap * slope) / 2).clamp(0, 1)
+
+
+def _infinite_where(kl: Tensor, shifted_p: Tensor, shifted_q: Tensor) -> Tensor:
+    """inf for rows where q excludes a token that p does not."""
+    if not bool((shifted_q.amin(1) == OUTSIDE).any()):
+        return kl
+    excluded = ((shifted_q == OUTSIDE) & (shifted_p > OUTSIDE)).any(1)
+    return torch.where(excluded, torch.inf, kl)

@@ -16,16 +16,17 @@ def sampled_divergences(log_ratio: Floats) -> dict[str, Floats]:
     Returns:
         name -> [n], `log_ratio` itself included. k3 = expm1(lr) - lr is never negative: expm1 keeps the digits that
         exp(lr) - 1 loses, and where even expm1(lr) - lr rounds below zero the value is 0. Where lr is -inf (the
-        trainer excludes the token) ratio is 0 and the others are inf.
+        trainer excludes the token) ratio is 0 and the others are inf; where it is inf all are, but for k1.
 
     Source: Schulman, Approximating KL divergence (2020).
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        k3 = np.where(np.isposinf(log_ratio), np.inf, np.expm1(log_ratio) - log_ratio)
         return {
             "log_ratio": log_ratio,
             "ratio": np.exp(log_ratio),
             "k1": -log_ratio,
             "k2": log_ratio * log_ratio / 2,
-            "k3": np.maximum(np.expm1(log_ratio) - log_ratio, 0.0),
+            "k3": np.maximum(k3, 0.0),
             "abs_log_ratio": np.abs(log_ratio),
         }

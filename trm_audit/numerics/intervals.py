@@ -52,17 +52,20 @@ def intervals(logq: Tensor, ids: Tensor, logp: Tensor, log_floor: Tensor, step: 
     log_q = torch.where(there, logq.gather(1, known).double(), 0.0)
     q = torch.where(there, log_q.exp(), 0.0)
     slack = p * torch.expm1(logp.abs().nan_to_num(0, 0, 0) * step + ENGINE_SLACK)
-    tail = logq.masked_fill(torch.zeros_like(logq, dtype=torch.bool).scatter_(1, known, True), torch.nan)
-    tail_size = tail.isnan().logical_not().sum(1)
-    s = tail.exp().nansum(1).double()
+    in_s = torch.zeros_like(logq, dtype=torch.bool).scatter_(1, known, True)
+    tail, tail_size = logq.masked_fill(in_s, torch.nan), in_s.logical_not().sum(1)
+    log_s = logq.masked_fill(in_s, -torch.inf).logsumexp(1).double()  # s itself may underflow
+    s = log_s.exp()
     r = (1 - p.sum(1)).clamp(min=0)
     r = torch.where(tail_size > 0, r, 0.0)
     log_pq = torch.where(there, logp.nan_to_num(0, 0, 0) - log_q, 0.0)
     gap = (p - q).abs().sum(1)
     spread = slack.sum(1) + TRAINER_SLACK
-    noise = TRAINER_SLACK * (1 + (p * log_q.abs()).sum(1) + r * torch.where(s > 0, s.log(), 0.0).abs())
+    excluded = (there & (p > 0) & log_q.isneginf()).any(1) | ((r > spread) & log_s.isneginf())  # for certain
+    noise = TRAINER_SLACK * (1 + (p * _finite(log_q).abs()).sum(1) + r * _finite(log_s).abs())
+    lower = (_kl_lower(p, _finite(log_pq), slack, r, log_s) - noise).clamp(min=0)
     return Intervals(
-        kl_lower=(_kl_lower(p, log_pq, slack, r, s) - noise).clamp(min=0),
+        kl_lower=torch.where(excluded, torch.inf, lower),
         kl_upper=_kl_upper(p, log_pq, slack, r, tail, tail_size, log_floor + step * log_floor.abs() + ENGINE_SLACK)
         + noise,
         tv_lower=((gap + (r - s).abs()) / 2 - spread).clamp(min=0),
@@ -70,22 +73,24 @@ def intervals(logq: Tensor, ids: Tensor, logp: Tensor, log_floor: Tensor, step: 
     )
 
 
-def _kl_lower(p: Tensor, log_pq: Tensor, slack: Tensor, r: Tensor, s: Tensor) -> Tensor:
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(values.isinf(), 0.0, values)
+
+
+def _kl_lower(p: Tensor, log_pq: Tensor, slack: Tensor, r: Tensor, log_s: Tensor) -> Tensor:
     """The bucketed KL at a point inside the box of possible p, less what its tangent plane can fall within that box.
 
     The bucketed KL is convex in p (r = 1 - sum p), so the tangent bounds it from below everywhere.
     """
-    spread = slack.sum(1)
-    inside = torch.maximum(
-        r, torch.where(s > 0, spread.clamp(min=1e-12), 0.0)
-    )  # a tail mass that is possible and not 0
+    possible = slack.sum(1).clamp(min=1e-12)  # a tail mass that may be there, and is not 0
+    inside = torch.where(log_s.isneginf(), 0.0, torch.maximum(r, possible))
     scale = ((1 - inside) / p.sum(1)).clamp(max=1)[:, None]
     point = p * scale
     reach = slack + p * (1 - scale)
-    log_rs = torch.where(inside > 0, inside.log() - s.log(), 0.0)
+    log_rs = torch.where(inside > 0, inside.log() - log_s, 0.0)
     slope = log_pq + scale.log() - log_rs[:, None]
     value = (point * (log_pq + scale.log())).sum(1) + inside * log_rs
-    return (value - (reach * slope.abs()).nan_to_num(0).sum(1)).nan_to_num(0).clamp(min=0)
+    return (value - (reach * slope.abs()).sum(1)).nan_to_num(0).clamp(min=0)
 
 
 def _kl_upper(

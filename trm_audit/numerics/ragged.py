@@ -95,5 +95,6 @@ def segment_sum(values: Floats, offsets: Ints) -> Floats:
     out = np.zeros(len(offsets) - 1)
     filled = np.diff(offsets) > 0
     if filled.any():
-        out[filled] = np.add.reduceat(values, offsets[:-1][filled])
+        with np.errstate(invalid="ignore"):  # inf - inf in one sequence is NaN there
+            out[filled] = np.add.reduceat(values, offsets[:-1][filled])
     return out

@@ -65,7 +65,8 @@ def whole_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             yield from held.slice(0, changes[-1]).combine_chunks().to_batches()
             held = held.slice(changes[-1])
     if held is not None:
-        yield from held.combine_chunks().to_batches()
+        last = held.combine_chunks().to_batches()
+        yield from last or [pa.RecordBatch.from_pylist([], schema=held.schema)]
 
 
 def _close(names: list[str | None], closed: set[int], following: str | None) -> None:

@@ -234,7 +234,7 @@ def _to_folder(
             result.add(own.counts())
             result.shards += 1
         names = [shard.name for shard in shards]
-        folder.finish(names, {"fingerprint": run["fingerprint"], "shards": names, **result.counts()})
+        folder.finish(names, {"fingerprint": run["fingerprint"], **result.counts()})
 
 
 def _fingerprint(shard: Shard) -> str:
@@ -247,7 +247,7 @@ def _filter_stream(
 ) -> FilterResult:
     fill = options.advantage == "auto" and needs_advantage(set(stream.schema.names))
     batches = whole_groups(iter(stream)) if fill else iter(stream)
-    first = next((batch for batch in batches if batch.num_rows), None)
+    first = next(batches, None)
     grades = set() if first is None else grades_of(first)
     criteria = resolve(options.criteria, grades)
     for line in describe(criteria, grades):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import BinaryIO
 
@@ -11,13 +11,12 @@ import pyarrow as pa
 
 from trm_audit.criteria.thresholds import Criteria, describe, resolve
 from trm_audit.errors import BadInput, UsageError
-from trm_audit.numerics.ragged import Bools
 from trm_audit.pipeline.filter import find_score_shards, grades_in, grades_of, judge
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema
-from trm_audit.shards.read import Shard, find_shards, open_stream, read_batches, rows_at_once
+from trm_audit.shards.read import Found, Shard, find_shards, open_stream, read_batches, rows_at_once
 
 BATCH_TOKENS = 1 << 21
 
@@ -61,73 +60,88 @@ def summarize(
     if list(inputs) == ["-"]:
         if source is None:
             raise UsageError("no stream was given to read - from")
-        stream = open_stream(source, "scores")
-        builder = _builder(options, None)
-        _add_all(builder, stream, watch)
-        skipped = json.loads(stream.trailer.get(schema.COUNTS, b"{}")).get("num_skipped", 0)
-        return builder.finish(horizon=options.horizon, reward_range=options.reward_range, num_skipped=int(skipped))
-    kind, shards = _find(inputs, options)
-    if kind == "training" and options.criteria is not None:
-        raise UsageError(
-            "training shards bring their verdicts with them",
-            next_step="Give the score folder to judge by other criteria, or leave the criteria out.",
-        )
-    grades = None if options.criteria is None else grades_in(shards)
-    builder = _builder(options, grades)
+        stream = open_stream(source, "scores", "training")
+        reading = _Reading(stream.metadata, options, None)
+        reading.add(stream, watch)
+        return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))])
+    shards = _find(inputs, options)
+    reading = _Reading(shards[0].metadata, options, grades_in(shards))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
-        _add_all(builder, read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)), watch)
-    counts = [shard.json(schema.COUNTS) for shard in shards]
-    total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
-    rows = sum(shard.num_rows for shard in shards)
-    return builder.finish(
-        horizon=options.horizon,
-        reward_range=options.reward_range,
-        num_skipped=skipped,
-        num_dropped=max(0, total - rows),
-    )
+        reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)), watch)
+    return reading.finish([shard.json(schema.COUNTS) for shard in shards])
 
 
-def _find(inputs: Sequence[str], options: ReportOptions) -> tuple[str, list[Shard]]:
+def _find(inputs: Sequence[str], options: ReportOptions) -> list[Shard]:
+    """Training shards if there are any, otherwise the score shards of a finished run."""
     try:
-        found = find_shards(inputs, "training")
+        training = find_shards(inputs, "training")
     except BadInput:
-        return "scores", find_score_shards(inputs, options.allow_partial).shards
-    if not found.shards:
-        return "scores", find_score_shards(inputs, options.allow_partial).shards
-    if found.bad:
-        raise found.bad[0]
-    return "training", found.shards
+        training = Found()
+    if not training.shards:
+        return find_score_shards(inputs, options.allow_partial).shards
+    if training.bad:
+        raise training.bad[0]
+    return training.shards
 
 
-def _builder(options: ReportOptions, grades: set[str] | None) -> SummaryBuilder:
-    """A builder that judges by the criteria; grades are None for a stream, whose first batch decides."""
-    if options.criteria is None:
-        return SummaryBuilder()
-    given = {f.name: getattr(options.criteria, f.name) for f in fields(Thresholds)}
-    if grades is None:
-        return SummaryBuilder(Thresholds(**given), _StreamVerdict(options.criteria), [])
-    criteria = resolve(options.criteria, grades)
+class _Reading:
+    """One pass over score shards, which the criteria judge, or over training shards, which bring their verdicts.
 
-    def verdict(batch: pa.RecordBatch) -> Bools:
-        return judge(batch, criteria).keep
+    Args:
+        metadata: of the first shard or of the stream.
+        options: of the report.
+        grades: that occur, None for a stream, whose first batch tells.
+    """
 
-    return SummaryBuilder(Thresholds(**given), verdict, describe(criteria, grades))
+    def __init__(self, metadata: Mapping[bytes, bytes], options: ReportOptions, grades: set[str] | None) -> None:
+        self._options, self._grades = options, grades
+        self._run = json.loads(metadata.get(schema.RUN, b"null"))
+        self._judged = metadata.get(schema.KIND) == b"training"
+        self._criteria = options.criteria
+        if self._judged and options.criteria is not None:
+            raise UsageError(
+                "training shards bring their verdicts with them",
+                next_step="Give the score folder to judge by other criteria, or leave the criteria out.",
+            )
+        if self._judged and schema.FILTER in metadata:
+            self._criteria = Criteria.from_json(json.dumps(json.loads(metadata[schema.FILTER])["criteria"]))
+        given = {f.name: getattr(self._criteria, f.name) for f in fields(Thresholds)} if self._criteria else {}
+        self._builder = SummaryBuilder(Thresholds(**given))
+        self._resolve(grades)
 
+    def _resolve(self, grades: set[str] | None) -> None:
+        if self._criteria is not None and grades:
+            self._criteria = resolve(self._criteria, grades)
+            self._builder.criteria = describe(self._criteria, grades)
 
-class _StreamVerdict:
-    """Judges batches by criteria that the first of them resolves."""
+    def add(self, batches: Iterable[pa.RecordBatch], watch: Progress) -> None:
+        """Takes batches in."""
+        for batch in batches:
+            if self._grades is None:
+                self._grades = grades_of(batch)
+                self._resolve(self._grades)
+            self._builder.add(batch if self._judged else self._with_verdicts(batch))
+            if "response_ids" in batch.schema.names:
+                watch.advance(len(batch.column("response_ids").flatten()))
 
-    def __init__(self, criteria: Criteria) -> None:
-        self._criteria = criteria
+    def _with_verdicts(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Verdicts by the criteria, in place of columns of a user that are called the same."""
+        names = [name for name in batch.schema.names if name not in ("keep", "reason")]
+        own = batch.select(names)
+        if self._criteria is None:
+            return own
+        verdicts = judge(own, self._criteria)
+        own = own.append_column("keep", pa.array(verdicts.keep))
+        return own.append_column("reason", pa.array(verdicts.reason, pa.string()))
 
-    def __call__(self, batch: pa.RecordBatch) -> Bools:
-        self._criteria = resolve(self._criteria, grades_of(batch))
-        return judge(batch, self._criteria).keep
-
-
-def _add_all(builder: SummaryBuilder, batches: Iterable[pa.RecordBatch], watch: Progress) -> None:
-    for batch in batches:
-        builder.add(batch)
-        if "response_ids" in batch.schema.names:
-            watch.advance(len(batch.column("response_ids").flatten()))
+    def finish(self, counts: Sequence[Mapping[str, object]]) -> AuditSummary:
+        """The summary; counts are those of the footers or the trailer."""
+        total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
+        return self._builder.finish(
+            horizon=self._options.horizon,
+            reward_range=self._options.reward_range,
+            num_skipped=skipped,
+            num_dropped=max(0, total - self._builder.counts["n_total"]),
+            run=self._run,
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from trm_audit.errors import BadInput
 from trm_audit.numerics.ragged import Bools
 from trm_audit.shards import schema
 from trm_audit.shards.read import Shard, read_batches
@@ -27,11 +28,13 @@ class Selection:
         rows: shard name -> number of selected rows; a shard without any is not there.
         duplicates: ids that occur more than once -> (file, row) of the first.
         sample: share of groups that is taken, 1 for all.
+        bad: errors of shards whose ids cannot be read; they are not in `rows`.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, tuple[str, int]] = field(default_factory=dict)
     sample: float = 1.0
+    bad: list[BadInput] = field(default_factory=list)
 
 
 def select(shards: Sequence[Shard], renames: Mapping[str, str], sample: float, limit: int | None) -> Selection:
@@ -48,31 +51,51 @@ def select(shards: Sequence[Shard], renames: Mapping[str, str], sample: float, l
     first: dict[int, tuple[str, int]] = {}
     left = limit if limit is not None else sum(shard.num_rows for shard in shards)
     for shard in shards:
-        taken = row = 0
-        for batch in _names(shard, renames, sample):
-            names = batch.column(0).to_pylist()
-            for name in names:
-                at = (str(shard.path), row)
-                seen = first.setdefault(hash(name), at)
-                if seen != at and name is not None:
-                    out.duplicates.setdefault(name, seen)
-                row += 1
-            taken += int(sampled(batch.column(batch.num_columns - 1), sample).sum())
+        try:
+            taken = _look_at(shard, renames, sample, first, out.duplicates)
+        except BadInput as error:
+            out.bad.append(error)
+            continue
         if min(taken, left) > 0 or (shard.num_rows == 0 and left > 0):
             out.rows[shard.name] = min(taken, left)
         left -= min(taken, left)
     return out
 
 
-def _names(shard: Shard, renames: Mapping[str, str], sample: float) -> list[pa.RecordBatch]:
-    file_names = _column_names(shard)
-    wanted = [renames.get("rollout_id", "rollout_id")]
-    group = renames.get("group_id", "group_id")
-    if sample < 1 and group in file_names:
-        wanted.append(group)
-    if wanted[0] not in file_names:
-        return []
-    return list(read_batches(shard.path, batch_rows=65536, columns=wanted))
+def _look_at(
+    shard: Shard,
+    renames: Mapping[str, str],
+    sample: float,
+    first: dict[int, tuple[str, int]],
+    duplicates: dict[str, tuple[str, int]],
+) -> int:
+    """Rows of a shard that the sample takes. Notes where each name (its hash) was first, and names that come again."""
+    taken = row = 0
+    for batch in _names(shard, renames, sample):
+        for at, name in enumerate(batch.column("rollout_id").to_pylist(), start=row):
+            place = (str(shard.path), at)
+            if name is not None and first.setdefault(hash(str(name)), place) != place:
+                duplicates.setdefault(str(name), first[hash(str(name))])
+        row += batch.num_rows
+        taken += int(sampled(sample_column(batch), sample).sum())
+    return taken
+
+
+def _names(shard: Shard, renames: Mapping[str, str], sample: float) -> Iterator[pa.RecordBatch]:
+    """The columns that `select` looks at, under our names."""
+    there = _column_names(shard)
+    wanted = {
+        renames.get(name, name): name for name in ("rollout_id", "group_id") if sample < 1 or name == "rollout_id"
+    }
+    columns = [theirs for theirs in wanted if theirs in there]
+    if renames.get("rollout_id", "rollout_id") not in columns:
+        raise BadInput(
+            "column 'rollout_id' is missing",
+            place=str(shard.path),
+            next_step=f"schemas/rollout.md lists the columns; --column rollout_id=THEIRS renames one of: {', '.join(there)}.",
+        )
+    for batch in read_batches(shard.path, batch_rows=65536, columns=columns):
+        yield batch.rename_columns([wanted[theirs] for theirs in batch.schema.names])
 
 
 def _column_names(shard: Shard) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from trm_audit.errors import AuditError, BadInput, RowError
 from trm_audit.pipeline.progress import Progress, Silent
+from trm_audit.pipeline.rollouts import stored_logits
 from trm_audit.pipeline.selection import select
 from trm_audit.rollout import RolloutBatch
 from trm_audit.shards import schema
@@ -89,12 +89,10 @@ def validate(
     for path, reason in found.passed_over:
         watch.note(f"{path} is passed over: {reason}")
     watch.start(sum(shard.num_tokens for shard in found.shards))
-    duplicates: dict[str, tuple[str, int]] = {}
-    with _Collect(result):
-        duplicates = select(found.shards, options.columns, 1.0, None).duplicates
+    duplicates = select(found.shards, options.columns, 1.0, None).duplicates
     for shard in found.shards:
         with _Collect(result):
-            logits = _stored_logits(shard.logits)
+            logits = stored_logits(shard.logits)
             check = _Check(options, result, logits, duplicates)
             batches = read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS))
             for row, batch in _numbered(batches):
@@ -124,14 +122,6 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Recor
     for batch in batches:
         yield row, batch
         row += batch.num_rows
-
-
-def _stored_logits(files: Sequence[Path]) -> StoredLogits | None:
-    if not files:
-        return None
-    from trm_audit.shards.logits import StoredLogits
-
-    return StoredLogits(files)
 
 
 class _Check:

@@ -1,6 +1,6 @@
 """One pass over score or training shards, batch by batch, into totals that merge.
 
-    builder = SummaryBuilder(Thresholds(delta_max=0.05), verdict=decide)
+    builder = SummaryBuilder(Thresholds(delta_max=0.05))
     for batch in batches:
         builder.add(batch)
     summary = builder.finish()
@@ -11,7 +11,7 @@ Two builders over two halves of the data, added, are the builder over the whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,6 @@ from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.report.totals import EVIDENCE, ClusterTotals, DivergenceTotals, ImportanceTotals, evidence_rows
 from trm_audit.rollout import DIVERGENCES, SAMPLED_DIVERGENCES, TOKEN_SCORES
 
-Verdict = Callable[[pa.RecordBatch], Bools]
-"""One batch of scores -> [rows] True where the sequence is kept."""
-
 DELTAS = np.array([float(f"{m}e{e}") for e in range(-6, 4) for m in (1, 1.5, 2, 3, 5, 7)] + [1e4])
 """Thresholds of the acceptance curves."""
 PAIR_DELTAS = np.array([float(f"{m}e{e}") for e in range(-6, 1) for m in (1, 2, 5)] + [10.0])
@@ -48,15 +45,11 @@ class SummaryBuilder:
 
     Args:
         thresholds: the criteria's numbers, for violations and token masking.
-        verdict: decides each batch; without it the `keep` column does, where there is one.
         criteria: the criteria in words, shown in the report.
     """
 
-    def __init__(
-        self, thresholds: Thresholds | None = None, verdict: Verdict | None = None, criteria: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, thresholds: Thresholds | None = None, criteria: Sequence[str] = ()) -> None:
         self.thresholds = thresholds or Thresholds()
-        self.verdict = verdict
         self.criteria = list(criteria)
         self.counts: Counter[str] = Counter()
         self.grades: Counter[str] = Counter()
@@ -76,6 +69,8 @@ class SummaryBuilder:
 
     def add(self, record_batch: pa.RecordBatch) -> None:
         """Add one batch of a score shard or a training shard; any subset of their columns will do.
+
+        A column `keep` (and `reason`) is the verdict on each row.
 
         Raises:
             BadInput: per-token lists of a row differ in length.
@@ -101,7 +96,7 @@ class SummaryBuilder:
             raise UsageError(
                 "Two summaries with different thresholds cannot be added", next_step="Build both with the same."
             )
-        merged = SummaryBuilder(self.thresholds, self.verdict, self.criteria)
+        merged = SummaryBuilder(self.thresholds, self.criteria)
         merged.longest = max(self.longest, other.longest)
         merged.largest_compared = max(self.largest_compared, other.largest_compared)
         for name in ("counts", "grades", "audited_policies", "reasons", "clusters", "importance", "rewards"):
@@ -117,6 +112,7 @@ class SummaryBuilder:
         reward_range: float | None = None,
         num_skipped: int = 0,
         num_dropped: int = 0,
+        run: Mapping[str, Any] | None = None,
     ) -> AuditSummary:
         """The summary of what was added so far.
 
@@ -126,15 +122,14 @@ class SummaryBuilder:
             num_skipped: rows that scoring left out, from the shards' counts.
             num_dropped: rejected rows that filtering removed (`n_total` minus the rows of the training shards); they
                 count in N.
+            run: what scored the rollouts, from the shards' footers.
 
         Raises:
             UsageError: the horizon is shorter than the longest response.
         """
-        return summarize(self, horizon, reward_range, num_skipped, num_dropped)
+        return summarize(self, horizon, reward_range, num_skipped, num_dropped, run)
 
     def _keep(self, batch: ScoreBatch) -> Bools | None:
-        if self.verdict is not None:
-            return np.asarray(self.verdict(batch.batch), dtype=bool)
         return batch.filled("keep") == 1 if batch.has("keep") else None
 
     def _count(self, batch: ScoreBatch, keep: Bools | None) -> None:
@@ -154,8 +149,9 @@ class SummaryBuilder:
             values, codes = batch.codes(name)
             for value, count in zip(values, np.bincount(codes + 1, minlength=len(values) + 1)[1:], strict=True):
                 counter.update({str(value): int(count)} if count else {})
-        if self.verdict is None and batch.has("reason"):
-            causes = pc.extract_regex(batch.batch.column("reason").cast(pa.string()), r"^(?P<cause>[^(;]*)")
+        if batch.has("reason"):
+            joined = batch.batch.column("reason").cast(pa.string())
+            causes = pc.extract_regex(pc.split_pattern(joined, "; ").flatten(), r"^(?P<cause>[^(]*)")
             for entry in pc.value_counts(causes.drop_null().field("cause")).to_pylist():
                 self.reasons[entry["values"]] += entry["counts"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
 from trm_audit.numerics.bounds import ErrorBounds
+from trm_audit.report.summary import json_ready
 
 INPUTS = ("horizon", "kl_max", "kl_seq", "tv_max", "tv_seq", "reward_range")
 
@@ -30,15 +31,5 @@ def render_bounds(found: ErrorBounds, console: Console) -> None:
 
 def bounds_json(found: ErrorBounds) -> str:
     """The same for machines; infinities are the strings "inf" and "-inf"."""
-    values: dict[str, object] = {name: _plain(getattr(found, name)) for name in INPUTS}
-    values["bounds"] = {
-        name: {"published": _plain(bound.published), "sharp": _plain(bound.sharp)}
-        for name, bound in found.bounds.items()
-    }
-    return json.dumps(
-        {**values, "minimum": found.minimum, "vacuous": found.vacuous, "sentence": found.sentence}, indent=2
-    )
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else "inf" if value > 0 else "-inf"
+    values = {**asdict(found), "minimum": found.minimum, "vacuous": found.vacuous, "sentence": found.sentence}
+    return json.dumps(json_ready(values), indent=2)

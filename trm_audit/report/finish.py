@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,7 +44,12 @@ _ORDER = {name: at for at, name in enumerate(_STATISTICS)}
 
 
 def summarize(
-    builder: SummaryBuilder, horizon: int | None, reward_range: float | None, num_skipped: int, num_dropped: int
+    builder: SummaryBuilder,
+    horizon: int | None,
+    reward_range: float | None,
+    num_skipped: int,
+    num_dropped: int,
+    run: Mapping[str, Any] | None,
 ) -> AuditSummary:
     """All numbers of the report; the arguments are those of `SummaryBuilder.finish`."""
     counts = _counts(builder, _horizon(builder, horizon), num_skipped, num_dropped)
@@ -60,6 +66,7 @@ def summarize(
         verdict=words.verdict(counts, sequences, n_kept, builder.criteria),
         notes=words.notes(counts, bounds, violations is not None, "seq_sum_k3" in builder.sequences),
         counts=counts,
+        run=None if run is None else dict(run),
         criteria=builder.criteria,
         thresholds=builder.thresholds,
         n_kept=n_kept,

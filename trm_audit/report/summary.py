@@ -234,9 +234,10 @@ class AuditSummary:
     Attributes:
         verdict: the outcome in one sentence.
         notes: what the numbers do and do not claim.
+        run: what scored the rollouts (model, hash, precision), as the shards' footers say; None if they do not.
         criteria: the criteria in words, as given.
         acceptance: n_kept / n_total; None where nothing was decided.
-        reasons: rejected rows by cause (a row with several causes counts in the first).
+        reasons: rejected rows by cause (a row with several causes counts once for each).
         d_max: largest `seq_max_*` seen; d_seq: mean `seq_sum_*`.
         bounds: `all` and, where there are verdicts, `kept` -> evidence -> block.
         elsewhere: the same quantities under the names other projects log them by.
@@ -245,6 +246,7 @@ class AuditSummary:
     verdict: str
     notes: list[str]
     counts: Counts
+    run: dict[str, Any] | None
     criteria: list[str]
     thresholds: Thresholds
     n_kept: int | None

@@ -37,6 +37,9 @@ _NAMES_WIDTH = 16
 _OBEYED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
+_SHOWN_OF_RUN = ("model", "model_hash", "dtype", "head_dtype", "device")
+
+
 def safe_text(text: str) -> str:
     """`text` without what a terminal obeys: control characters, escapes, format and bidirectional marks, surrogates."""
     return "".join(" " if c in "\n\t" else c for c in text if c in "\n\t" or unicodedata.category(c) not in _OBEYED)
@@ -95,6 +98,9 @@ def _data(summary: AuditSummary) -> list[Group]:
     for name in ("num_groups", "num_tokens", "num_disagreements", "num_infinite"):
         _row(table, name, getattr(counts, name))
     _row(table, "horizon (policy tokens)", counts.horizon)
+    for name in _SHOWN_OF_RUN:
+        if summary.run and summary.run.get(name):
+            _row(table, f"scored with {name}", str(summary.run[name])[:16])
     return [_titled("What was read", table)]
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -46,9 +46,9 @@ class OutputFolder:
     ) -> None:
         self.path, self.run, self._locks = path, dict(run), ExitStack()
         self.data, self._tmp = path / "data", path / ".tmp"
-        self._part = part
+        self._part, self._overwrite = part, overwrite
         try:
-            self._open(overwrite)
+            self._open()
         except BaseException:
             self._locks.close()
             raise
@@ -59,7 +59,7 @@ class OutputFolder:
     def __exit__(self, *_: object) -> None:
         self._locks.close()
 
-    def _open(self, overwrite: bool) -> None:
+    def _open(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise BadInput("is a file, a folder is needed", place=str(self.path), next_step="Give another -o.")
         strangers = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "run.json").is_file()
@@ -67,11 +67,14 @@ class OutputFolder:
             raise BadInput(
                 "is not empty and was not written by trm-audit", place=str(self.path), next_step="Give another -o."
             )
-        self._tmp.mkdir(parents=True, exist_ok=True)
-        self.data.mkdir(exist_ok=True)
+        with _writing(self.path):
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            self.data.mkdir(exist_ok=True)
         with self._folder_lock():
             self._lock_part()
-            self._check_run(overwrite)
+            self._check_run()
+        self._manifest = {str(line["name"]): line for line in read_lines(self.path / "manifest.jsonl")}
+        self._skipped = {json.dumps(line, sort_keys=True) for line in read_lines(self.path / "skipped.jsonl")}
 
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
@@ -104,13 +107,13 @@ class OutputFolder:
         else:
             lock.release()
 
-    def _check_run(self, overwrite: bool) -> None:
+    def _check_run(self) -> None:
         file = self.path / "run.json"
         if file.is_file():
             found = json.loads(file.read_text("utf-8"))
             if found.get("fingerprint") == self.run["fingerprint"]:
                 return
-            if not overwrite:
+            if not self._overwrite:
                 raise BadInput(
                     f"was made with {_difference(found, self.run)} (fingerprint {str(found.get('fingerprint'))[:8]}, "
                     f"this run {str(self.run['fingerprint'])[:8]})",
@@ -128,27 +131,27 @@ class OutputFolder:
         self.data.mkdir()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
-        """Whether a shard is published with this fingerprint. Raises BadInput where one of another input is."""
+        """Whether a shard is published with this fingerprint. Raises BadInput where one of other input is, unless `overwrite`."""
         file = self.data / name
         if not file.exists():
             return False
         metadata = open_parquet(file).metadata
         found = (metadata.metadata or {}).get(schema.FINGERPRINT, b"").decode()
+        if found != fingerprint and self._overwrite:
+            return False
         if found != fingerprint:
             raise BadInput(
                 f"was made from other input (fingerprint {found[:8]}, now {fingerprint[:8]})",
                 place=str(file),
                 next_step="Use --overwrite to make it again, or another -o.",
             )
-        if name not in self.manifest():  # killed between the rename and the line
+        if name not in self._manifest:  # killed between the rename and the line
             self._note(name)
         return True
 
     def manifest(self) -> dict[str, dict[str, object]]:
         """Published shards by name, as their manifest lines say."""
-        file = self.path / "manifest.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        return {line["name"]: line for line in (json.loads(text) for text in lines if text.endswith("}"))}
+        return dict(self._manifest)
 
     @contextmanager
     def shard(self, name: str, metadata: Mapping[bytes, bytes]) -> Iterator[ParquetSink]:
@@ -158,20 +161,15 @@ class OutputFolder:
             OutputError: the disk is full, or refuses for another reason.
         """
         temporary = self._tmp / name
-        try:
+        with _writing(self.data / name):
             sink = ParquetSink(temporary, metadata)
             try:
                 yield sink
                 self._publish(temporary, sink.rows, name)
             finally:
-                sink.abandon()
+                with suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+                    sink.abandon()
                 temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot be written ({error.strerror or error})",
-                place=str(self.data / name),
-                next_step="Make room or choose another -o, and run the same command again: finished shards are kept.",
-            ) from error
 
     def _publish(self, temporary: Path, rows: int, name: str) -> None:
         sync_file(temporary)
@@ -193,34 +191,70 @@ class OutputFolder:
             "counts": json.loads(metadata.metadata[schema.COUNTS]),
         }
         append_line(self.path / "manifest.jsonl", line)
+        self._manifest[name] = line
 
-    def skip(self, error: AuditError) -> None:
-        """Notes something that --skip-bad left out."""
-        line = {"place": error.place, "cause": error.cause, "next_step": error.next_step}
-        append_line(self.path / "skipped.jsonl", line)
+    def skip(self, error: AuditError, shard: str = "") -> None:
+        """Notes, once, something that --skip-bad left out: a row, a file, or a whole `shard` of the run."""
+        line = {"place": error.place, "cause": error.cause, "next_step": error.next_step, "shard": shard}
+        text = json.dumps(line, sort_keys=True)
+        if text not in self._skipped:
+            append_line(self.path / "skipped.jsonl", line)
+            self._skipped.add(text)
 
     def finish(self, names: Sequence[str], summary: Mapping[str, object]) -> bool:
-        """Writes `_SUCCESS` if every shard of the run is there (the last of several parts does)."""
+        """Writes `_SUCCESS` if every shard of the run is there or was left out (the last of several parts does)."""
         with self._folder_lock():
-            if any(not (self.data / name).exists() for name in names):
+            left_out = {line.get("shard") for line in read_lines(self.path / "skipped.jsonl")}
+            there = [name for name in names if (self.data / name).exists()]
+            if not {*names} <= {*there, *left_out}:
                 return False
-            publish_text(self.path / "_SUCCESS", json.dumps(dict(summary), indent=1, sort_keys=True) + "\n")
+            success = {**summary, "shards": there}
+            publish_text(self.path / "_SUCCESS", json.dumps(success, indent=1, sort_keys=True) + "\n")
             return True
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """A block whose OSErrors become an OutputError about `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written ({error.strerror or error})",
+            place=str(place),
+            next_step="Make room or choose another -o, and run the same command again: finished shards are kept.",
+        ) from error
 
 
 def publish_text(file: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    sync_file(temporary)
-    os.replace(temporary, file)
-    sync_folder(file.parent)
+    with _writing(file):
+        try:
+            temporary.write_text(text, "utf-8")
+            sync_file(temporary)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(file.parent)
+
+
+def read_lines(file: Path) -> list[dict[str, object]]:
+    """The JSON lines of a file that is perhaps not there; a line that a dying writer left unfinished is not one."""
+    out = []
+    for text in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            out.append(json.loads(text))
+    return out
 
 
 def append_line(file: Path, line: Mapping[str, object]) -> None:
-    """Appends one JSON line in one write, so that lines of several writers do not mix."""
-    with open(file, "ab") as out:
-        out.write(json.dumps(dict(line), sort_keys=True).encode() + b"\n")
+    """Appends one JSON line in one write, so that lines of several writers do not mix, nor with one left unfinished."""
+    with _writing(file), open(file, "a+b") as out:
+        size = out.seek(0, os.SEEK_END)
+        out.seek(max(0, size - 1))
+        torn = out.read(1) not in (b"", b"\n")
+        out.write(b"\n" * torn + json.dumps(dict(line), sort_keys=True).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())
 

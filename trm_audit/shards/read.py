@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Shard:
 
     def json(self, key: bytes) -> dict[str, object]:
         """A JSON value of the footer, {} where the key is not there."""
-        value = json.loads(self.metadata.get(key, b"{}"))
+        value = _footer_json(self.metadata, key, str(self.path))
         return value if isinstance(value, dict) else {}
 
 
@@ -83,8 +84,8 @@ def find_shards(inputs: Sequence[str], kind: schema.Kind, renames: Mapping[str, 
             _sort_in(found, path, name, kind, named, renames or {})
         except BadInput as error:
             found.bad.append(error)
-    names = [shard.name for shard in found.shards]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    names = Counter(shard.name for shard in found.shards)
+    twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise UsageError(
             f"two inputs are called {twice}", next_step="Give the folder above them, or score them into two -o folders."
@@ -107,7 +108,7 @@ def _candidates(inputs: Sequence[str]) -> Iterator[tuple[Path, str, bool]]:
             base = path / "data" if (path / "run.json").is_file() else path
             for file in sorted(base.rglob("*.parquet")):
                 inner = file.relative_to(base)
-                if not any(part.startswith((".", "_")) for part in inner.parts):
+                if file.is_file() and not any(part.startswith((".", "_")) for part in inner.parts):
                     yield file, "--".join(inner.parts), False
         elif path.exists():
             yield path, path.stem + ".parquet", True
@@ -129,7 +130,8 @@ def _sort_in(found: Found, path: Path, name: str, kind: str, named: bool, rename
         reason = f"its footer says {stated}" if stated else "its columns do not fit"
         if named:
             raise BadInput(f"not a {kind} shard: {reason}", place=str(path), next_step=_remedy(kind, stated, names))
-        found.passed_over.append((path, reason))
+        if not path.name.startswith("logits-"):
+            found.passed_over.append((path, reason))
         return
     schema.check_version(metadata, str(path))
     logits = _side_files(path, metadata) if kind == "rollouts" else ()
@@ -154,13 +156,23 @@ def _remedy(kind: str, stated: str, names: Sequence[str]) -> str:
 
 def _side_files(path: Path, metadata: Mapping[bytes, bytes]) -> tuple[Path, ...]:
     if schema.LOGITS in metadata:
-        named = [path.parent / name for name in json.loads(metadata[schema.LOGITS])]
+        names = _footer_json(metadata, schema.LOGITS, str(path))
+        if not isinstance(names, list):
+            raise BadInput("its footer's trm_audit.logits is not a list of paths", place=str(path))
+        named = [path.parent / str(name) for name in names]
         for file in named:
             if not file.is_file():
                 raise BadInput(f"its footer names {file.name}, which is not there", place=str(path))
         return tuple(named)
     beside = [*path.parent.glob("logits-*.parquet"), *path.parent.glob("logits-*.safetensors")]
     return tuple(sorted(beside))
+
+
+def _footer_json(metadata: Mapping[bytes, bytes], key: bytes, place: str) -> object:
+    try:
+        return json.loads(metadata.get(key, b"{}"))
+    except ValueError as error:
+        raise BadInput(f"its footer's {key.decode()} is not JSON ({error})", place=place) from error
 
 
 def _num_tokens(file: pq.ParquetFile, renames: Mapping[str, str]) -> int:
@@ -220,12 +232,14 @@ class StreamSource:
     Attributes:
         schema: of the batches.
         metadata: keys of the stream's schema.
+        kind: `rollouts`, `scores` or `training`.
         trailer: keys of the trailer, filled when the last batch was read.
     """
 
     schema: pa.Schema
     metadata: Mapping[bytes, bytes]
     reader: pa.ipc.RecordBatchStreamReader
+    kind: schema.Kind
     trailer: dict[bytes, bytes] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
@@ -247,19 +261,22 @@ class StreamSource:
             rows += batch.num_rows
             if batch.num_rows:
                 yield batch
-        stated = self.trailer.get(TOTAL_ROWS, b"?").decode()
+        if rows == 0:  # so that an empty stream keeps its columns
+            yield pa.RecordBatch.from_pylist([], schema=self.schema.remove_metadata())
+        stated = self.trailer.get(TOTAL_ROWS, b"?").decode("utf-8", "replace")
         if stated != str(rows):
             raise BadInput(f"the stream had {rows} rows, its trailer says {stated}", place="-")
 
 
-def open_stream(source: BinaryIO, kind: schema.Kind) -> StreamSource:
-    """Opens an Arrow IPC stream and checks that it is of the kind wanted.
+def open_stream(source: BinaryIO, *kinds: schema.Kind) -> StreamSource:
+    """Opens an Arrow IPC stream and checks that it is of a kind wanted; one that states none counts as rollouts.
 
     Raises:
         BadInput: not an Arrow stream, or one of another kind or version.
     """
     try:
         reader = pa.ipc.open_stream(source)
+        _ = reader.schema.names  # raises where they are not UTF-8
     except ARROW_ERRORS as error:
         raise BadInput(
             f"not an Arrow IPC stream ({_first_line(error)})",
@@ -267,11 +284,11 @@ def open_stream(source: BinaryIO, kind: schema.Kind) -> StreamSource:
             next_step="Pipe the output of a trm-audit command with -o - into this one; it failed if it wrote nothing.",
         ) from error
     metadata = dict(reader.schema.metadata or {})
-    stated = metadata.get(schema.KIND, b"").decode("utf-8", "replace")
-    if stated != kind and not (kind == "rollouts" and not stated):
-        raise BadInput(f"a stream of {stated or 'no stated kind'}, {kind} are needed", place="-")
+    kind = metadata.get(schema.KIND, b"rollouts").decode("utf-8", "replace")
+    if kind not in kinds:
+        raise BadInput(f"a stream of {kind}, {' or '.join(kinds)} are needed", place="-")
     schema.check_version(metadata, "-")
-    return StreamSource(reader.schema, metadata, reader)
+    return StreamSource(reader.schema, metadata, reader, kind)
 
 
 def _first_line(error: BaseException) -> str:

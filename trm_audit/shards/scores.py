@@ -29,7 +29,14 @@ def score_columns(
         trainer_version: for `staleness`; None leaves it null.
         rebuilds: the shard may have rows whose `rollout_logprobs` are rebuilt, so it gets the `_stored` column too.
     """
-    columns = carried(batch.columns, {*TOKEN_SCORES, *SEQUENCE_COLUMNS, *_sequence_names()} - {"trainer_logprobs"})
+    written = {
+        *TOKEN_SCORES,
+        *SEQUENCE_COLUMNS,
+        *_sequence_names(),
+        "rollout_logprobs_stored",
+        "trainer_logprobs_stored",
+    }
+    columns = carried(batch.columns, written - {"trainer_logprobs"})
     stored = columns.pop("trainer_logprobs", None)
     if stored is not None and batch.stored_trainer_logprobs is None:
         columns["trainer_logprobs_stored"] = stored
@@ -47,7 +54,13 @@ def score_columns(
 def carried(batch: pa.RecordBatch, written: set[str]) -> dict[str, pa.Array]:
     """Columns that are carried on: no bulky evidence, and those that a stage writes itself under `<name>_stored`."""
     names = [name for name in batch.schema.names if name not in BULKY]
-    return {f"{name}_stored" if name in written else name: batch.column(name) for name in names}
+    out = {name: batch.column(name) for name in names if name not in written}
+    for name in (name for name in names if name in written):
+        free = f"{name}_stored"
+        while free in names or free in written:
+            free += "_stored"
+        out[free] = batch.column(name)
+    return out
 
 
 def token_column(values: Floats, offsets: Ints) -> pa.Array:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trm_audit.errors import BadInput, OutputError
 from trm_audit.shards import schema
 from trm_audit.shards.read import LAST, TOTAL_ROWS
 
@@ -96,7 +97,14 @@ class StreamSink:
         if self._writer is None:
             self._start(batch.schema)
         assert self._writer is not None
-        self._writer.write_batch(batch.cast(self._schema))
+        if not batch.schema.equals(self._schema):
+            raise BadInput(
+                f"shards with other columns than the first do not fit into one stream: {_difference(batch.schema, self._schema)}",
+                place="-o -",
+                next_step="Write to a folder, where each shard keeps its columns.",
+            )
+        with _piping():
+            self._writer.write_batch(batch.replace_schema_metadata(self._metadata))
         self._rows += batch.num_rows
 
     def close(self, counts: Mapping[str, object]) -> None:
@@ -105,10 +113,35 @@ class StreamSink:
         assert self._writer is not None
         trailer = {LAST: b"true", TOTAL_ROWS: str(self._rows).encode(), schema.COUNTS: json.dumps(counts).encode()}
         empty = pa.RecordBatch.from_pylist([], schema=self._schema)
-        self._writer.write_batch(empty, custom_metadata=trailer)
-        self._writer.close()
-        self._target.flush()
+        with _piping():
+            self._writer.write_batch(empty, custom_metadata=trailer)
+            self._writer.close()
+            self._target.flush()
 
     def _start(self, columns: pa.Schema) -> None:
         self._schema = columns.with_metadata(self._metadata)
-        self._writer = pa.ipc.new_stream(self._target, self._schema)
+        with _piping():
+            self._writer = pa.ipc.new_stream(self._target, self._schema)
+
+
+@contextmanager
+def _piping() -> Iterator[None]:
+    """A block whose OSErrors become an OutputError, but for the pipe that its reader has closed, which is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"the stream cannot be written ({error.strerror or error})",
+            place="-o -",
+            next_step="Make room, or write to a folder.",
+        ) from error
+
+
+def _difference(found: pa.Schema, first: pa.Schema) -> str:
+    for name in dict.fromkeys([*found.names, *first.names]):
+        mine, theirs = (s.field(name).type if name in s.names else "not there" for s in (found, first))
+        if mine != theirs:
+            return f"{name} is {mine}, was {theirs}"
+    return "they come in another order"
