@@ -27,7 +27,7 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Run:
     """Runs `trm-audit ARGS...` through its entry point; `stdin` are the bytes piped into it."""
 
@@ -74,7 +74,7 @@ def make_checkpoint(folder: Path, vocab_size: int) -> Path:
 
 @pytest.fixture(scope="session")
 def exact_scores(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score folder of 3 shards of 8 exact rows, groups of 4, rewards; row 5 has no policy token, row 9 is masked in part."""
+    """Score folder of 3 shards of 8 exact rows, in groups of 4; row 5 has no policy token, row 9 is masked in part."""
     folder = tmp_path_factory.mktemp("exact")
     for k in range(3):
         rows = [rollout(i, "exact") for i in range(8 * k, 8 * k + 8)]

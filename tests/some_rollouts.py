@@ -1,4 +1,4 @@
-"""Rollouts for tests of files and streams: rows from a seed, near to a small random model, of each grade of evidence."""
+"""Rollouts for tests of files and streams: rows from a seed, near to a random model, of each grade of evidence."""
 
 from __future__ import annotations
 
@@ -81,7 +81,5 @@ def write_shard(file: Path, rows: Sequence[Row]) -> Path:
 def write_shards(folder: Path, shards: int, rows: int, grade: str = "sampled", **more: Any) -> Path:
     """A folder of shards `part-0.parquet`, ... of so many rows each, numbered throughout."""
     for k in range(shards):
-        write_shard(
-            folder / f"part-{k}.parquet", [rollout(i, grade, **more) for i in range(k * rows, (k + 1) * rows)]
-        )
+        write_shard(folder / f"part-{k}.parquet", [rollout(i, grade, **more) for i in range(k * rows, (k + 1) * rows)])
     return folder

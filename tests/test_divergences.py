@@ -1,4 +1,4 @@
-"""KL both ways, total variation and entropies against float64, over every shape of distribution that a model can give."""
+"""KL both ways, total variation and entropies against float64, over every shape of distribution a model can give."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
 def agree(found: TokenDivergences, wanted: dict[str, np.ndarray], rtol: float, atol: float = 1e-9) -> None:
     """KL by relative error alone; the others are of order one, so an absolute error speaks for them."""
     for name in ("kl", "kl_reverse"):
-        np.testing.assert_allclose(getattr(found, name).numpy(), wanted[name], rtol=rtol, atol=atol * rtol, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(found, name).numpy(), wanted[name], rtol=rtol, atol=atol * rtol, err_msg=name
+        )
     for name in ("tv", "rollout_entropy", "trainer_entropy"):
         np.testing.assert_allclose(getattr(found, name).numpy(), wanted[name], rtol=2e-6, atol=5e-6, err_msg=name)
 
@@ -207,7 +209,10 @@ logits_rows = arrays(
     np.float32,
     (4, 7),
     elements=st.one_of(
-        st.floats(-80, 80, width=32), st.floats(-2, 2, width=32), st.just(-math.inf), st.sampled_from([-1e4, -200.0, 0.0])
+        st.floats(-80, 80, width=32),
+        st.floats(-2, 2, width=32),
+        st.just(-math.inf),
+        st.sampled_from([-1e4, -200.0, 0.0]),
     ),
 ).filter(lambda rows: np.isfinite(rows).any(1).all())
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from trm_audit.pipeline.filter import FilterOptions, FilterResult, filter_scores
 from trm_audit.pipeline.progress import Silent
 from trm_audit.pipeline.score import ScoreOptions, ScoreResult, score
 from trm_audit.shards.publish import OutputFolder
-from trm_audit.shards.read import find_shards, read_batches
 from trm_audit.shards.write import head
 
 STORED = ScoreOptions(trainer_logprobs="stored")
@@ -143,8 +141,8 @@ def test_sigkill_within_a_shard_loses_nothing(sampled_scores: Path, tmp_path: Pa
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    # GIVEN 150 shards of which some are scored
-    for k in range(150):
+    # GIVEN 60 shards of which some are scored
+    for k in range(60):
         row = rollout(k)
         row["trainer_logprobs"] = row["rollout_logprobs"]
         write_shard(tmp_path / "rollouts" / f"part-{k:03d}.parquet", [row])
@@ -162,9 +160,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert "Interrupted. The same command goes on where it was." in said
     assert "Traceback" not in said
     published = len(contents(tmp_path / "out"))
-    assert 0 < published < 150
+    assert 0 < published < 60
     result = run_score(tmp_path / "rollouts", tmp_path / "out")
-    assert (result.done, result.shards, result.complete) == (published, 150 - published, True)
+    assert (result.done, result.shards, result.complete) == (published, 60 - published, True)
 
 
 def test_other_settings_in_the_same_folder_are_refused(run: Run, rollouts: Path, tmp_path: Path) -> None:
@@ -352,16 +350,3 @@ def test_what_skip_bad_left_out_is_noted_once_however_often_it_runs(rollouts: Pa
         "part-3.parquet, row 1 (rollout_id=r0051)",
         "part-4.parquet",
     ]
-
-
-def test_the_rows_of_a_shard_are_counted_against_its_footer(rollouts: Path, tmp_path: Path) -> None:
-    # GIVEN a file whose footer claims a row group more than it has: some readers return fewer rows and say nothing
-    pages = pq.ParquetFile(rollouts / "part-0.parquet")
-    batches = list(read_batches(rollouts / "part-0.parquet", batch_rows=2))
-    assert sum(batch.num_rows for batch in batches) == pages.metadata.num_rows == 4
-    shutil.copy(rollouts / "part-0.parquet", tmp_path / "cut.parquet")
-    with open(tmp_path / "cut.parquet", "r+b") as file:
-        file.truncate(file.seek(0, os.SEEK_END) // 2)
-    with pytest.raises(BadInput, match="cannot be read as Parquet"):
-        find_shards([str(tmp_path / "cut.parquet")], "rollouts").bad[0].__class__
-        raise find_shards([str(tmp_path / "cut.parquet")], "rollouts").bad[0]

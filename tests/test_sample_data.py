@@ -85,15 +85,17 @@ def test_a_threshold_of_0_05_keeps_some_and_rejects_some(drift: list[dict[str, f
 
 def test_routing_flips_are_impulses_of_kl() -> None:
     # GIVEN the newest version of the mixture of experts, where only precision differs
-    flipped, kl = measure.routing_flips(ROOT / "tiny-moe")
+    flipped, flipped_so_far, kl = measure.routing_flips(ROOT / "tiny-moe")
     # WHEN tokens are told apart by whether bfloat16 routed them to other experts
-    # THEN flips are rare, and far above the rest
-    assert 0 < flipped.mean() < 0.2
+    # THEN flips are rare, far above the rest, and what is largest comes with or after one
+    assert 0 < flipped.mean() < 0.1
     assert kl[flipped].mean() > 10 * kl[~flipped].mean()
-    assert kl[flipped].max() == kl.max()
+    assert kl[flipped_so_far].max() > 3 * kl[~flipped_so_far].max()
 
 
-def test_precision_alone_gives_impulses_to_the_mixture_of_experts_only(name: str, drift: list[dict[str, float]]) -> None:
+def test_precision_alone_gives_impulses_to_the_mixture_of_experts_only(
+    name: str, drift: list[dict[str, float]]
+) -> None:
     newest = drift[-1]
     assert (newest["impulses"] >= 3) == (name == "tiny-moe")
     assert (newest["max_kl"] > 0.01) == (name == "tiny-moe")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -23,105 +22,39 @@ from trm_audit.errors import (
     GateFailed,
     UsageError,
 )
+from trm_audit.flags import (
+    ALLOW_PARTIAL,
+    INPUTS,
+    OUTPUT,
+    OVERWRITE,
+    Part,
+    Percentage,
+    columns_flag,
+    criteria_flags,
+)
 
 if TYPE_CHECKING:
     from trm_audit.criteria.thresholds import Criteria
 
 EXIT_PIPE_CLOSED = 141
 SHOWN_ERRORS = 20
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Percentage(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
-    """A share as `1%` or `0.01`."""
+class _PipeClosed(Exception):
+    """Whoever read stdout has gone."""
 
-    name = "share"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value)
+class _Commands(click.Group):
+    """Keeps a closed pipe from click, which would exit with 1: that is a failed gate."""
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            self.fail(f"{text!r} is not a share like 1% or 0.01", param, ctx)
-        if not 0 < share <= 1:
-            self.fail(f"{text} is not above 0 and at most 100%", param, ctx)
-        return share
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _PipeClosed from error
 
 
-class _Part(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
-    """`i/n`: the i-th of n parts."""
-
-    name = "i/n"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        first, _, second = str(value).partition("/")
-        if not (first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
-            self.fail(f"{value!r} is not i/n with 1 <= i <= n, as 3/8", param, ctx)
-        return int(first), int(second)
-
-
-class _Renames(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
-    """`ours=theirs`."""
-
-    name = "ours=theirs"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        ours, equals, theirs = str(value).partition("=")
-        if not (ours and equals and theirs):
-            self.fail(f"{value!r} is not OURS=THEIRS", param, ctx)
-        return ours, theirs
-
-
-def _columns(command: F) -> F:
-    return click.option(
-        "--column",
-        "columns",
-        type=_Renames(),
-        multiple=True,
-        help="Read the column THEIRS as OURS (schemas/rollout.md lists ours). Repeatable.",
-    )(command)
-
-
-def _criteria_flags(command: F) -> F:
-    """The flags that spell criteria, shared by filter and report."""
-    divergence = "kl, kl-reverse, tv, abs-log-ratio, k2 or k3; the default depends on the grade and is printed."
-    for option in reversed(
-        [
-            click.option(
-                "--delta-max", type=float, help="Keep a sequence if the largest divergence of a token is at most this."
-            ),
-            click.option("--max-of", help=f"Divergence of --delta-max: {divergence}"),
-            click.option("--delta-avg", type=float, help="Keep a sequence if its mean divergence is at most this."),
-            click.option("--avg-of", help=f"Divergence of --delta-avg: {divergence}"),
-            click.option(
-                "--delta-total", type=float, help="Keep a sequence if the sum of its divergences is at most this."
-            ),
-            click.option("--total-of", help=f"Divergence of --delta-total: {divergence}"),
-            click.option(
-                "--keep", metavar="EXPR", help='Keep where this holds: "seq_max_kl<=0.05 and seq_mean_k3<=0.002".'
-            ),
-            click.option(
-                "--undecided",
-                type=click.Choice(["mask", "keep", "error"]),
-                default="mask",
-                show_default=True,
-                help="Rows whose interval of kl or tv contains the threshold.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another run's output in the same folder.")
-_ALLOW_PARTIAL = click.option("--allow-partial", is_flag=True, help="Take a score folder whose run has not finished.")
-_OUTPUT = click.option("-o", "--output", required=True, help="Output folder, or - for an Arrow stream on stdout.")
-_INPUTS = click.argument("inputs", nargs=-1, required=True)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="trm-audit")
 def cli() -> None:
     """How far is the policy that sampled your rollouts from the one you train?
@@ -132,7 +65,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_INPUTS
+@INPUTS
 @click.option("-o", "--output", help="Output folder, or - for an Arrow stream on stdout.")
 @click.option("--model", type=click.Path(path_type=Path), help="Checkpoint folder of the training model (safetensors).")
 @click.option(
@@ -178,14 +111,14 @@ def cli() -> None:
 @click.option(
     "--logits", type=click.Path(path_type=Path), multiple=True, help="Further side files with full logits. Repeatable."
 )
-@_columns
+@columns_flag
 @click.option("--limit", type=click.IntRange(1), help="Score the first N rows only.")
-@click.option("--sample", type=_Percentage(), default="100%", help="Score a share of the groups, as 1%.")
+@click.option("--sample", type=Percentage(), default="100%", help="Score a share of the groups, as 1%.")
 @click.option(
-    "--part", type=_Part(), default="1/1", help="Score the i-th of n parts of the shards (Slurm arrays), as 3/8."
+    "--part", type=Part(), default="1/1", help="Score the i-th of n parts of the shards (Slurm arrays), as 3/8."
 )
 @click.option("--skip-bad", is_flag=True, help="Go on without bad rows and shards; exit code 4 if there were any.")
-@_OVERWRITE
+@OVERWRITE
 @click.option("--dry-run", is_flag=True, help="Count, time a few rows, and say how long it would take.")
 def score(
     inputs: tuple[str, ...],
@@ -248,9 +181,9 @@ def _score_line(result: Any, output: str) -> str:
 
 
 @cli.command(name="filter")
-@_INPUTS
-@_OUTPUT
-@_criteria_flags
+@INPUTS
+@OUTPUT
+@criteria_flags
 @click.option("--drop", is_flag=True, help="Leave rejected rows out; n_total and n_kept travel with the output.")
 @click.option(
     "--advantage",
@@ -259,8 +192,8 @@ def _score_line(result: Any, output: str) -> str:
     show_default=True,
     help="Fill an absent advantage from reward and group.",
 )
-@_ALLOW_PARTIAL
-@_OVERWRITE
+@ALLOW_PARTIAL
+@OVERWRITE
 def filter_command(
     inputs: tuple[str, ...],
     output: str,
@@ -286,15 +219,15 @@ def filter_command(
 
 
 @cli.command()
-@_INPUTS
-@_criteria_flags
+@INPUTS
+@criteria_flags
 @click.option("--horizon", type=click.IntRange(1), help="T of the bounds [default: the longest response].")
 @click.option("--reward-range", type=float, help="R_max - R_min [default: from the data].")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout (schemas/report.schema.json).")
 @click.option(
     "--fail-on", "gates", multiple=True, metavar="COND", help='Exit 1 if this holds: "acceptance<0.7". Repeatable.'
 )
-@_ALLOW_PARTIAL
+@ALLOW_PARTIAL
 def report(
     inputs: tuple[str, ...],
     horizon: int | None,
@@ -333,10 +266,10 @@ def _criteria_or_none(criteria: dict[str, Any]) -> Criteria | None:
 
 
 @cli.command()
-@_INPUTS
+@INPUTS
 @click.option("--vocab-size", type=click.IntRange(1), help="Token ids have to be below this.")
 @click.option("--no-logits", is_flag=True, help="Do not read the values of stored full logits, only where they lie.")
-@_columns
+@columns_flag
 def validate(
     inputs: tuple[str, ...], vocab_size: int | None, no_logits: bool, columns: tuple[tuple[str, str], ...]
 ) -> None:
@@ -434,7 +367,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         say("\nInterrupted. The same command goes on where it was.")
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
+    except (_PipeClosed, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE_CLOSED)
     except Exception as error:

@@ -44,14 +44,17 @@ def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def kl_per_token(folder: Path) -> list[tuple[dict[str, Any], NDArray[np.float64]]]:
-    """Each rollout of `folder` with KL(pi_roll || pi_theta) at its response positions (nats), NaN at a tool's tokens.
+def kl_per_token(folder: Path, version: int | None = None) -> list[tuple[dict[str, Any], NDArray[np.float64]]]:
+    """Each rollout of `folder` (of one policy version) with its KL(pi_roll || pi_theta) at each response position.
 
-    The trainer's logits come from a float32 forward of `folder/model`; everything after it is float64.
+    In nats, NaN at a tool's tokens. The trainer's logits come from a float32 forward of `folder/model`; all after
+    that is float64.
     """
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     logits, out = stored_logits(folder / "rollouts"), []
     for row in rollout_rows(folder / "rollouts"):
+        if version not in (None, row["policy_version"]):
+            continue
         ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
         with torch.no_grad():
             trainer = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double().numpy()
@@ -97,23 +100,24 @@ def drift_table(folder: Path) -> list[dict[str, float]]:
     return table
 
 
-def routing_flips(folder: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Over the sampled tokens of the newest version of a mixture of experts: did routing flip there, and the KL (nats).
+def routing_flips(folder: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+    """Where routing flips, over the sampled tokens of the newest version of a mixture of experts.
 
-    A flip: in some layer the bfloat16 forward picks another set of experts than the float32 forward of the same
-    weights.
+    A flip: in some layer the bfloat16 forward picks other experts than the float32 forward of the same weights.
+
+    Returns:
+        [tokens] flipped here; flipped here or earlier in the response, which attention carries on; KL (nats).
     """
-    scored = kl_per_token(folder)
-    newest = max(row["policy_version"] for row, _ in scored)
-    chosen = {dtype: AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval() for dtype in DTYPES}
-    flips, divergences = [], []
-    for row, kl in scored:
-        if row["policy_version"] == newest:
-            one, other = (experts_per_token(model, row) for model in chosen.values())
-            own = np.array(row["response_mask"])
-            flips.append((one != other).any(axis=(0, 2))[own])
-            divergences.append(kl[own])
-    return np.concatenate(flips), np.concatenate(divergences)
+    newest = max(row["policy_version"] for row in rollout_rows(folder / "rollouts"))
+    chosen = [AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval() for dtype in DTYPES]
+    here, so_far, divergences = [], [], []
+    for row, kl in kl_per_token(folder, newest):
+        one, other = (experts_per_token(model, row) for model in chosen)
+        flips, own = (one != other).any(axis=(0, 2)), np.array(row["response_mask"])
+        here.append(flips[own])
+        so_far.append(np.maximum.accumulate(flips)[own])
+        divergences.append(kl[own])
+    return np.concatenate(here), np.concatenate(so_far), np.concatenate(divergences)
 
 
 def experts_per_token(model: PreTrainedModel, row: dict[str, Any]) -> NDArray[np.int64]:
@@ -137,9 +141,9 @@ def print_drift(folder: Path) -> None:
 
 def print_flips(folder: Path) -> None:
     """What `routing_flips` found, in one sentence."""
-    flipped, kl = routing_flips(folder)
+    here, so_far, kl = routing_flips(folder)
     print(
-        f"\nRouting flips at {flipped.sum()} of {len(flipped)} tokens of the newest version. "
-        f"Mean KL {kl[flipped].mean():.2e} there, {kl[~flipped].mean():.2e} elsewhere; "
-        f"largest {kl[flipped].max():.2e} and {kl[~flipped].max():.2e}."
+        f"\nRouting flips at {here.sum()} of {len(kl)} tokens of the newest version. "
+        f"Mean KL {kl[here].mean():.2g} there, {kl[~here].mean():.2g} elsewhere; "
+        f"largest {kl[so_far].max():.2g} once routing has flipped in a response, {kl[~so_far].max():.2g} before."
     )

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from trm_audit.shards.rollout_writer import write_rollout_table
 
-TOP20_GROUPS = ("math-08", "math-03", "math-05", "code-05")
+TOP20_GROUPS = ("math-08", "math-03", "math-05", "code-04")
 FULL_ROLLOUTS = ("reason-04/s1",)
 REFERENCE_COLUMNS = (
     "rollout_id",
@@ -54,6 +54,8 @@ def _write_reference(folder: Path, reference: pa.Table) -> None:
     """The reference's columns of the folder's rows, in their order."""
     wanted = pq.read_table(folder / "rollouts.parquet", columns=["rollout_id"])["rollout_id"]
     rows = pc.index_in(wanted, reference["rollout_id"])
+    if rows.null_count:
+        raise ValueError(f"{folder}: {rows.null_count} rollouts have no reference")
     table = reference.take(rows).select(REFERENCE_COLUMNS).replace_schema_metadata(None)
     pq.write_table(table, folder / "reference.parquet", compression="zstd", write_page_checksum=True)
 

@@ -83,7 +83,7 @@ RECIPES = {
         warm_steps=1200,
         updates=200,
         lr=2e-4,
-        staleness=(80, 40, 20, 10, 0),
+        staleness=(120, 60, 30, 10, 0),
         encoding="bfloat16",
         seed=1,
     ),
@@ -102,7 +102,7 @@ RECIPES = {
         warm_steps=1200,
         updates=200,
         lr=2e-4,
-        staleness=(80, 40, 20, 10, 0),
+        staleness=(120, 60, 30, 10, 0),
         encoding="float16",
         seed=2,
     ),
@@ -127,13 +127,14 @@ def make(name: str, folder: Path) -> None:
 
 def record(recipe: Recipe, weights: dict[int, dict[str, Tensor]], folder: Path) -> None:
     """Sample from each policy version in bfloat16; write two shards of sums, one with a calculator, and all logits."""
-    rng, generator = random.Random(recipe.seed + 100), torch.Generator().manual_seed(recipe.seed + 100)
+    generator = torch.Generator().manual_seed(recipe.seed + 100)
     sampler = recipe.model_class(recipe.config).to(torch.bfloat16).eval()
     shards: list[list[dict[str, object]]] = [[], [], []]
     folder.mkdir(parents=True)
     with LogitsTableWriter(folder / "logits-00000.parquet", recipe.encoding) as logits:
         for version in recipe.versions:
             sampler.load_state_dict(weights[version])
+            rng = random.Random(recipe.seed + 100)  # the same prompts for every version, so that these can be compared
             for number in range(SUMS + CALCULATOR_SUMS):
                 calculator = number >= SUMS
                 prompt = task.make_prompt(rng, 2 + number % 4, calculator=calculator)

@@ -44,7 +44,7 @@ def _output_type() -> Any:
     """What a decoder returns, with None for all that may come with hidden states (caches, router logits, ...)."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    class Output(BaseModelOutput):  # type: ignore[misc]
+    class Output(BaseModelOutput):
         def __getattr__(self, name: str) -> None:
             if name.startswith("_"):
                 raise AttributeError(name)
@@ -133,6 +133,11 @@ class TrainerModel:
             raise BadInput(f"{name} has no decoder to take out", next_step=_NOT_SPLIT)
         probe = torch.arange(1, 8, device=self.device)[None] % self.vocab_size
         whole = self._model(input_ids=probe, use_cache=False).logits[0].float()
+        if bool(whole.isnan().any()):
+            raise BadInput(
+                f"{name}: its logits are not a number",
+                next_step="The checkpoint is damaged, or overflows in this --dtype: try --dtype float32.",
+            )
         self._decoder = _Decoder(module)
         try:
             parts = self._head(module(input_ids=probe, use_cache=False).last_hidden_state)[0].float()
@@ -187,7 +192,7 @@ def _rope_types(config: Any) -> set[str]:
     return {one.get("rope_type", "default") for one in (rope, *rope.values()) if isinstance(one, dict)}
 
 
-def _forget_lengths(model: nn.Module) -> None:
+def _forget_lengths(model: Any) -> None:
     """Undoes what `dynamic` position scaling keeps of longer rows seen before: scores would depend on their order."""
     for module in model.modules():
         if hasattr(module, "original_max_seq_len") and hasattr(module, "original_inv_freq"):
@@ -211,10 +216,12 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BadInput(f"transformers cannot load it ({_first_line(error)})", place=str(checkpoint.path)) from error
-    wrong = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+    wrong = sorted([*info.get("missing_keys", ()), *mismatched])
     if wrong:
         raise BadInput(
             f"{len(wrong)} weights are missing or of another shape, {wrong[0]} first",

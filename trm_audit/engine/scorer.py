@@ -29,7 +29,7 @@ AGREEMENT = 1e-3
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a row's stored values and the trainer's are brought to the same footing (THEORY: raw, tempered, processed).
+    """How a row's stored values and the trainer's are brought to the same footing (raw, tempered, processed).
 
     Attributes:
         trainer_temperature: what the trainer's logits are divided by; they are never truncated.

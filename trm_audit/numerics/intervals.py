@@ -14,6 +14,7 @@ that can move it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 ENGINE_SLACK = 2e-5
 """What float32 engines' own normalisers are off: stored probabilities were seen to sum to 1.000015."""
 TRAINER_SLACK = 2.0**-22
-"""Relative rounding of log q and of the trainer's tail mass in float32."""
+"""Relative rounding of log q in float32, so q is known to a factor exp(+-TRAINER_SLACK * abs(log q))."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ def intervals(logq: Tensor, ids: Tensor, logp: Tensor, log_floor: Tensor, step: 
     r = torch.where(tail_size > 0, r, 0.0)
     log_pq = torch.where(there, logp.nan_to_num(0, 0, 0) - log_q, 0.0)
     gap = (p - q).abs().sum(1)
-    spread = slack.sum(1) + TRAINER_SLACK
+    uncertain = TRAINER_SLACK * (1 + math.log(logq.shape[1]))  # entropies, which are sums of q log q, are at most log V
+    spread = slack.sum(1) + uncertain
     excluded = (there & (p > 0) & log_q.isneginf()).any(1) | ((r > spread) & log_s.isneginf())  # for certain
-    noise = TRAINER_SLACK * (1 + (p * _finite(log_q).abs()).sum(1) + r * _finite(log_s).abs())
+    noise = uncertain + TRAINER_SLACK * ((p * _finite(log_q).abs()).sum(1) + r * _finite(log_s).abs())
     lower = (_kl_lower(p, _finite(log_pq), slack, r, log_s) - noise).clamp(min=0)
     return Intervals(
         kl_lower=torch.where(excluded, torch.inf, lower),

@@ -7,28 +7,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from trm_audit import __version__
-from trm_audit.criteria.thresholds import Criteria, describe, needed_columns, resolve
-from trm_audit.criteria.verdicts import Verdicts, causes, decide
+from trm_audit.criteria.thresholds import Criteria, describe, resolve
+from trm_audit.criteria.verdicts import causes
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.pipeline.advantages import Baselines, whole_groups
 from trm_audit.pipeline.progress import Progress, Silent
+from trm_audit.pipeline.score_shards import DECIDING, find_score_shards, grades_of, judge
 from trm_audit.pipeline.selection import content_digest, digest
 from trm_audit.shards import schema
-from trm_audit.shards.publish import OutputFolder
-from trm_audit.shards.read import Found, Shard, StreamSource, find_shards, open_stream, read_batches, rows_at_once
+from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
+from trm_audit.shards.read import Shard, StreamSource, open_stream, read_batches, rows_at_once
 from trm_audit.shards.training import training_columns
 from trm_audit.shards.write import Sink, StreamSink, head
 
 BATCH_TOKENS = 1 << 21
-OVERVIEW = ("grade", "num_tokens", "group_id", "reward")
+OVERVIEW = (*DECIDING, "group_id", "reward")
 
 
 @dataclass(frozen=True)
@@ -131,34 +130,6 @@ def filter_scores(
     return result
 
 
-def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
-    """Score shards of finished runs.
-
-    Raises:
-        BadInput: a shard cannot be read, a run is not finished, or the shards are of several models.
-    """
-    for text in inputs:
-        unfinished = (Path(text) / "run.json").is_file() and not (Path(text) / "_SUCCESS").is_file()
-        if unfinished and not allow_partial:
-            raise BadInput(
-                "its scoring run is not finished (no _SUCCESS)",
-                place=text,
-                next_step="Run the same score command again, it goes on where it was; "
-                "--allow-partial takes what is there.",
-            )
-    found = find_shards(inputs, "scores")
-    if found.bad:
-        raise found.bad[0]
-    models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
-    if len(models) > 1:
-        raise BadInput(
-            f"the shards were scored with {len(models)} different models",
-            place=", ".join(inputs),
-            next_step="A verdict is about one model: filter them apart.",
-        )
-    return found
-
-
 @dataclass
 class _Overview:
     """What the first pass finds out: grades that occur, and baselines if advantages have to be filled."""
@@ -179,19 +150,12 @@ def _overview(shards: Sequence[Shard]) -> _Overview:
                 raise BadInput(
                     f"column {needed!r} is missing", place=str(shard.path), next_step="See schemas/score.md."
                 )
-        columns = [name for name in OVERVIEW if name in names and (fill or name in OVERVIEW[:2])]
+        columns = [name for name in OVERVIEW if name in names and (fill or name in DECIDING)]
         for batch in read_batches(shard.path, batch_rows=65536, columns=columns):
             out.grades.update(grades_of(batch))
             if out.baselines is not None:
                 out.baselines.add(batch)
     return out
-
-
-def grades_in(shards: Sequence[Shard]) -> set[str]:
-    """Grades of the rows that have policy tokens, over several shards."""
-    columns = list(OVERVIEW[:2])
-    batches = (batch for shard in shards for batch in read_batches(shard.path, batch_rows=65536, columns=columns))
-    return set().union(*(grades_of(batch) for batch in batches))
 
 
 def _names(shard: Shard) -> list[str]:
@@ -270,9 +234,7 @@ def _filter_stream(
         settings = {"kind": "training", "score_run": run, "input": "stream", **job.settings()}
         settings["fingerprint"] = digest(settings)
         with OutputFolder(Path(output), settings, overwrite=options.overwrite) as folder:
-            if (folder.data / STREAM_SHARD).exists() and not options.overwrite:
-                raise BadInput("is there already", place=str(folder.data / STREAM_SHARD), next_step="Use --overwrite.")
-            with folder.shard(STREAM_SHARD, job.head(run, str(settings["fingerprint"]))) as sink:
+            with folder.stream_shard(job.head(run, str(settings["fingerprint"]))) as sink:
                 judge(sink)
             folder.finish([STREAM_SHARD], {"fingerprint": settings["fingerprint"], **result.counts()})
     else:
@@ -280,19 +242,10 @@ def _filter_stream(
     return result
 
 
-STREAM_SHARD = "stream.parquet"
-
-
 def _chain(first: pa.RecordBatch | None, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if first is not None:
         yield first
     yield from rest
-
-
-def grades_of(batch: pa.RecordBatch) -> set[str]:
-    """Grades of the rows that have policy tokens."""
-    counted = pc.greater(batch.column("num_tokens"), 0)
-    return set(pc.unique(batch.column("grade").filter(counted)).to_pylist())
 
 
 class _Job:
@@ -339,29 +292,3 @@ class _Job:
         advantage = self.baselines.advantages(batch) if self.baselines is not None else None
         out = training_columns(batch, verdicts.keep, verdicts.reason, advantage)
         return out.filter(pa.array(verdicts.keep)) if self.options.drop else out
-
-
-def judge(batch: pa.RecordBatch, criteria: Criteria, place: str = "-") -> Verdicts:
-    """Verdicts on a batch of a score shard.
-
-    Raises:
-        UsageError: the criteria do not fit the grades, or name columns that are not there.
-        BadInput: a column is missing.
-    """
-    names = needed_columns(criteria, grades_of(batch), set(batch.schema.names))
-
-    def row_place(row: int) -> str:
-        name = batch.column("rollout_id")[row].as_py() if "rollout_id" in batch.schema.names else row
-        return f"{place}, rollout_id={name}"
-
-    return decide(criteria, {name: _numbers(batch, name) for name in names}, row_place)
-
-
-def _numbers(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
-    column = batch.column(name)
-    if name == "grade":
-        return np.asarray(column.to_pylist(), dtype=object)
-    try:
-        return np.asarray(pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise UsageError(f"column {name} is {column.type}, a number is needed", place="--keep") from None

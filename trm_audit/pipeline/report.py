@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from trm_audit.criteria.thresholds import Criteria, describe, resolve
 from trm_audit.errors import BadInput, UsageError
-from trm_audit.pipeline.filter import find_score_shards, grades_in, grades_of, judge
 from trm_audit.pipeline.progress import Progress, Silent
+from trm_audit.pipeline.score_shards import find_score_shards, grades_in, grades_of, judge
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema

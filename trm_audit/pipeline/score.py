@@ -13,9 +13,9 @@ from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.rollouts import RolloutLoop
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
-from trm_audit.shards.publish import OutputFolder
-from trm_audit.shards.read import Shard, find_shards, open_stream
-from trm_audit.shards.write import StreamSink, head
+from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
+from trm_audit.shards.read import Shard, StreamSource, find_shards, open_stream
+from trm_audit.shards.write import Sink, StreamSink, head
 
 
 @dataclass
@@ -80,9 +80,9 @@ def score(
     watch = progress or Silent()
     result = ScoreResult()
     if list(inputs) == ["-"]:
-        if source is None or isinstance(output, str):
-            raise UsageError("a stream can only be scored into a stream", next_step="Use -o -, or give files.")
-        _score_stream(source, output, Trainer(options), result, watch)
+        if source is None:
+            raise UsageError("no stream was given to read - from")
+        _score_stream(open_stream(source, "rollouts"), output, Trainer(options), result, watch)
         return result
     found = find_shards(inputs, "rollouts", options.columns)
     selection = select(found.shards, options.columns, options.sample, options.limit)
@@ -196,15 +196,27 @@ def _score_to_stream(
     result.seconds, result.complete = time.monotonic() - began, True
 
 
-def _score_stream(source: BinaryIO, output: BinaryIO, trainer: Trainer, result: ScoreResult, watch: Progress) -> None:
+def _score_stream(
+    stream: StreamSource, output: str | BinaryIO, trainer: Trainer, result: ScoreResult, watch: Progress
+) -> None:
     if trainer.options.limit is not None or trainer.options.sample < 1 or trainer.options.part != (1, 1):
         raise UsageError("--limit, --sample and --part need files, not a stream")
     began = time.monotonic()
     watch.start(0)
-    sink = StreamSink(output, head("scores", fingerprint=str(trainer.run()["fingerprint"]), run=trainer.run()))
-    loop = RolloutLoop(trainer, Selection(), sink, watch)
-    loop.stream(open_stream(source, "rollouts"))
-    sink.close(loop.counts.to_json())
+    metadata = head("scores", fingerprint=str(trainer.run()["fingerprint"]), run=trainer.run())
+
+    def fill(sink: Sink, folder: OutputFolder | None = None) -> None:
+        loop = RolloutLoop(trainer, Selection(), sink, watch, folder)
+        loop.stream(stream)
+        sink.close(loop.counts.to_json())
+        result.add(loop.counts.to_json())
+
+    if isinstance(output, str):
+        with OutputFolder(Path(output), trainer.run(), overwrite=trainer.options.overwrite) as folder:
+            with folder.stream_shard(metadata) as sink:
+                fill(sink, folder)
+            folder.finish([STREAM_SHARD], {"fingerprint": folder.run["fingerprint"]})
+    else:
+        fill(StreamSink(output, metadata))
     result.shards = 1
-    result.add(loop.counts.to_json())
     result.seconds, result.complete = time.monotonic() - began, True

@@ -92,7 +92,7 @@ def _names(shard: Shard, renames: Mapping[str, str], sample: float) -> Iterator[
         raise BadInput(
             "column 'rollout_id' is missing",
             place=str(shard.path),
-            next_step=f"schemas/rollout.md lists the columns; --column rollout_id=THEIRS renames one of: {', '.join(there)}.",
+            next_step=f"--column rollout_id=THEIRS renames one of: {', '.join(there)} (schemas/rollout.md).",
         )
     for batch in read_batches(shard.path, batch_rows=65536, columns=columns):
         yield batch.rename_columns([wanted[theirs] for theirs in batch.schema.names])

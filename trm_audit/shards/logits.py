@@ -128,9 +128,12 @@ class StoredLogits:
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         peak = logits.amax(1)  # NaN if any is NaN
         if not bool(peak.isfinite().all()):
-            at = start + int(peak.isfinite().logical_not().nonzero()[0])
+            at = int(peak.isfinite().logical_not().nonzero()[0])
+            what = (
+                "contain NaN" if bool(peak[at].isnan()) else "contain +inf" if peak[at] > 0 else "are -inf throughout"
+            )
             raise RowError(
-                f"logits at position {at} contain NaN or +inf, or are -inf throughout",
+                f"logits at position {start + at} {what}",
                 place=f"{self._blocks[rollout_id][0].file}, rollout_id={rollout_id}",
                 next_step="It has no distribution (schemas/rollout.md, rule 11): store it again, or leave it out.",
             )
@@ -209,7 +212,8 @@ def _block(file: Path, values: Mapping[str, object], group: int, row: int) -> Bl
     start, count, vocab = (values[name] for name in ("start", "count", "vocab_size"))
     if (
         not (isinstance(start, int) and isinstance(count, int) and isinstance(vocab, int))
-        or min(count, vocab) < 1 > start
+        or min(count, vocab) < 1
+        or start < 0
     ):
         raise BadInput(f"a block of start {start}, count {count}, vocab_size {vocab} is not possible", place=place)
     return Block(file, start, count, vocab, ENCODINGS[str(encoding)], group, row)

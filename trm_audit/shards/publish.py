@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -25,6 +25,7 @@ from trm_audit.shards.read import open_parquet
 from trm_audit.shards.write import ParquetSink
 
 LOCK_SECONDS = 60.0
+STREAM_SHARD = "stream.parquet"
 
 
 class OutputFolder:
@@ -131,7 +132,7 @@ class OutputFolder:
         self.data.mkdir()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
-        """Whether a shard is published with this fingerprint. Raises BadInput where one of other input is, unless `overwrite`."""
+        """Whether a shard is published with this fingerprint. Raises BadInput for one of other input."""
         file = self.data / name
         if not file.exists():
             return False
@@ -170,6 +171,20 @@ class OutputFolder:
                 with suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
                     sink.abandon()
                 temporary.unlink(missing_ok=True)
+
+    def stream_shard(self, metadata: Mapping[bytes, bytes]) -> AbstractContextManager[ParquetSink]:
+        """A sink for what came as a stream: one shard, `STREAM_SHARD`. It cannot be resumed, so an old one is refused.
+
+        Raises:
+            BadInput: it is there already.
+        """
+        if (self.data / STREAM_SHARD).exists() and not self._overwrite:
+            raise BadInput(
+                "is there already, and a stream cannot be resumed",
+                place=str(self.data / STREAM_SHARD),
+                next_step="Use --overwrite, or another -o.",
+            )
+        return self.shard(STREAM_SHARD, metadata)
 
     def _publish(self, temporary: Path, rows: int, name: str) -> None:
         sync_file(temporary)

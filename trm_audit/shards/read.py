@@ -188,11 +188,23 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True, memory_map=True)
     except ARROW_ERRORS as error:
+        if _begins_as_parquet(path):
+            raise BadInput(
+                f"begins as Parquet and cannot be read: cut or damaged ({_first_line(error)})",
+                place=str(path),
+                next_step="Fetch it again, or leave it out.",
+            ) from error
         raise BadInput(
-            f"cannot be read as Parquet ({_first_line(error)})",
-            place=str(path),
-            next_step="It may be cut or not Parquet at all: fetch it again, or leave it out.",
+            f"cannot be read as Parquet ({_first_line(error)})", place=str(path), next_step="Leave it out."
         ) from error
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PAR1"
+    except OSError:
+        return False
 
 
 def read_batches(

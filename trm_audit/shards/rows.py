@@ -133,8 +133,10 @@ def _check_names(rows: _Rows, duplicates: Mapping[str, tuple[str, int]]) -> None
     """Rule 1."""
     ids = rows.column("rollout_id")
     assert ids is not None
-    empty = pc.fill_null(pc.equal(pc.utf8_length(ids), 0), True).to_numpy(zero_copy_only=False)
-    rows.fault(np.flatnonzero(empty), "rollout_id is null or empty", "Every rollout has a name (rule 1).")
+    step = "Every rollout has a name (schemas/rollout.md, rule 1)."
+    rows.fault(np.flatnonzero(ids.is_null()), "rollout_id is null", step)
+    empty = pc.fill_null(pc.equal(pc.utf8_length(ids), 0), False).to_numpy(zero_copy_only=False)
+    rows.fault(np.flatnonzero(empty), "rollout_id is empty", step)
     for row, name in enumerate(ids.to_pylist() if duplicates else ()):
         first = duplicates.get(name)
         if first is not None and first != (rows.shard, int(rows.row_numbers[row])):
@@ -218,7 +220,7 @@ def _take_apart(rows: _Rows, rules: RowRules, step: float) -> RolloutBatch:
     trainer, has_trainer = _logprobs(rows, "trainer_logprobs", response, mask)
     if not rules.stored_trainer:
         rows.faults = {row: e for row, e in rows.faults.items() if not e.cause.startswith("trainer_logprobs")}
-    topk, has_topk = _topk(rows, response, mask, sampling, step)
+    topk, has_topk = _topk(rows, response, mask, sampling, step, rules.vocab_size)
     num_tokens = segment_sum(mask.astype(np.float64), response.offsets)
     version = _version(rows, response, mask)
     ids: list[str] = rows.columns.column("rollout_id").to_pylist()
@@ -275,8 +277,11 @@ def _logprobs(rows: _Rows, name: str, response: Ragged, mask: Bools) -> tuple[Fl
 
     causes = {}
     for row, at in first.items():
-        value = values[response.offsets[row] + at]
-        kind = "positive" if value > 0 else "missing or not finite" if not np.isfinite(value) else "a placeholder"
+        value = column[row][at].as_py()
+        if value is None:
+            causes[row] = f"{name} at position {at} is null"
+            continue
+        kind = "positive" if value > 0 else "a placeholder" if np.isfinite(value) else "not finite"
         causes[row] = f"{name} at position {at} is {value:g}: {kind}"
     rows.fault(
         sorted(first),
@@ -288,7 +293,7 @@ def _logprobs(rows: _Rows, name: str, response: Ragged, mask: Bools) -> tuple[Fl
 
 
 def _topk(
-    rows: _Rows, response: Ragged, mask: Bools, sampling: Sequence[Sampling], step: float
+    rows: _Rows, response: Ragged, mask: Bools, sampling: Sequence[Sampling], step: float, vocab_size: int | None
 ) -> tuple[TopK | None, Bools]:
     """Rule 6. -inf at the end of a list of processed values is left out, positions outside the mask are empty."""
     ids, values = rows.column("rollout_topk_ids"), rows.column("rollout_topk_logprobs")
@@ -308,8 +313,9 @@ def _topk(
         )
         return None, has
     entry_token = np.repeat(np.flatnonzero(there), flat.lengths)
-    logprobs, tokens = flat.values.astype(np.float64), flat_ids.values.astype(np.int64)
-    _check_topk(rows, response, mask, sampling, entry_token, tokens, logprobs)
+    logprobs = flat.values.astype(np.float64)
+    tokens = np.nan_to_num(flat_ids.values.astype(np.float64), nan=-1).astype(np.int64)  # null ids are NaN
+    _check_topk(rows, response, mask, sampling, entry_token, tokens, logprobs, vocab_size)
     keep = mask[entry_token] & ~np.isneginf(logprobs)
     lengths = np.bincount(entry_token[keep], minlength=len(response.values))
     short = np.flatnonzero(there & mask & (lengths == 0))
@@ -323,8 +329,16 @@ def _topk(
 
 
 def _check_topk(
-    rows: _Rows, response: Ragged, mask: Bools, sampling: Sequence[Sampling], token: Ints, ids: Ints, logprobs: Floats
+    rows: _Rows,
+    response: Ragged,
+    mask: Bools,
+    sampling: Sequence[Sampling],
+    token: Ints,
+    ids: Ints,
+    logprobs: Floats,
+    vocab_size: int | None,
 ) -> None:
+    limit = np.iinfo(np.int32).max if vocab_size is None else vocab_size
     owner_of_token = np.repeat(np.arange(len(rows)), response.lengths)
     processed = np.array([s.logprobs_mode == "processed" for s in sampling], dtype=np.bool_)
     looked_at = mask[token]
@@ -340,19 +354,19 @@ def _check_topk(
     twice &= looked_at[order][1:] & ~fill[order][1:]
     step = "A list holds exactly the K most probable tokens, descending, without filler (schemas/rollout.md, rule 6)."
 
-    def position(entries: Ints) -> dict[int, int]:
-        at = {int(owner[i]): int(token[i] - response.offsets[owner[i]]) for i in entries[::-1]}
-        return dict(sorted(at.items()))
+    def note(entries: Ints, what: str) -> None:
+        first = {int(owner[i]): int(i) for i in entries[::-1]}
+        at = {row: int(token[i] - response.offsets[row]) for row, i in first.items()}
+        said = {row: what.format(value=logprobs[i], id=ids[i]) for row, i in first.items()}
+        rows.fault(sorted(first), {row: f"the top-K list at position {at[row]} {said[row]}" for row in first}, step)
 
-    for entries, what in (
-        (np.flatnonzero(bad_value), "is not finite, positive or a placeholder"),
-        (np.flatnonzero(rising) + 1, "is not in descending order"),
-        (order[1:][twice], "names a token twice"),
-    ):
-        at = position(entries)
-        rows.fault(list(at), {row: f"the top-K list at position {t} {what}" for row, t in at.items()}, step)
+    note(np.flatnonzero(looked_at & ((ids < 0) | (ids >= limit))), f"names token {{id}}, outside 0..{limit - 1}")
+    note(np.flatnonzero(bad_value), "holds {value:g}, which is no log-probability")
+    note(np.flatnonzero(rising) + 1, "is not in descending order")
+    note(order[1:][twice], "names token {id} twice")
     heavy = np.flatnonzero(mask & (mass > 1 + ROUNDING))
-    rows.fault(owner_of_token[heavy], "the probabilities of a top-K list sum to more than 1", step)
+    sums = {int(owner_of_token[i]): f"the probabilities of a top-K list sum to {mass[i]:.4g}" for i in heavy[::-1]}
+    rows.fault(sorted(sums), sums, step)
 
 
 def _sampling(rows: _Rows, rules: RowRules) -> list[Sampling]:

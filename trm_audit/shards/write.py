@@ -99,7 +99,7 @@ class StreamSink:
         assert self._writer is not None
         if not batch.schema.equals(self._schema):
             raise BadInput(
-                f"shards with other columns than the first do not fit into one stream: {_difference(batch.schema, self._schema)}",
+                f"a stream has one schema, and a shard differs: {_difference(batch.schema, self._schema)}",
                 place="-o -",
                 next_step="Write to a folder, where each shard keeps its columns.",
             )

@@ -1,0 +1,88 @@
+"""What filter and report share: score shards of finished runs, the grades in them, and verdicts on their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from trm_audit.criteria.thresholds import Criteria, needed_columns
+from trm_audit.criteria.verdicts import Verdicts, decide
+from trm_audit.errors import BadInput, UsageError
+from trm_audit.shards import schema
+from trm_audit.shards.read import Found, Shard, find_shards, read_batches
+
+DECIDING = ("grade", "num_tokens")
+"""Columns that every verdict needs."""
+
+
+def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
+    """Score shards of finished runs.
+
+    Raises:
+        BadInput: a shard cannot be read, a run is not finished, or the shards are of several models.
+    """
+    for text in inputs:
+        unfinished = (Path(text) / "run.json").is_file() and not (Path(text) / "_SUCCESS").is_file()
+        if unfinished and not allow_partial:
+            raise BadInput(
+                "its scoring run is not finished (no _SUCCESS)",
+                place=text,
+                next_step="Run the same score command again, it goes on where it was; "
+                "--allow-partial takes what is there.",
+            )
+    found = find_shards(inputs, "scores")
+    if found.bad:
+        raise found.bad[0]
+    models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
+    if len(models) > 1:
+        raise BadInput(
+            f"the shards were scored with {len(models)} different models",
+            place=", ".join(inputs),
+            next_step="A verdict is about one model: filter them apart.",
+        )
+    return found
+
+
+def grades_of(batch: pa.RecordBatch) -> set[str]:
+    """Grades of the rows that have policy tokens."""
+    counted = pc.greater(batch.column("num_tokens"), 0)
+    return set(pc.unique(batch.column("grade").filter(counted)).to_pylist())
+
+
+def grades_in(shards: Sequence[Shard]) -> set[str]:
+    """Grades of the rows that have policy tokens, over several shards."""
+    columns = list(DECIDING)
+    batches = (batch for shard in shards for batch in read_batches(shard.path, batch_rows=65536, columns=columns))
+    return set().union(*(grades_of(batch) for batch in batches))
+
+
+def judge(batch: pa.RecordBatch, criteria: Criteria, place: str = "-") -> Verdicts:
+    """Verdicts on a batch of a score shard.
+
+    Raises:
+        UsageError: the criteria do not fit the grades, or name columns that are not there.
+        BadInput: a column is missing.
+    """
+    names = needed_columns(criteria, grades_of(batch), set(batch.schema.names))
+
+    def row_place(row: int) -> str:
+        name = batch.column("rollout_id")[row].as_py() if "rollout_id" in batch.schema.names else row
+        return f"{place}, rollout_id={name}"
+
+    return decide(criteria, {name: _numbers(batch, name) for name in names}, row_place)
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    column = batch.column(name)
+    if name == "grade":
+        return np.asarray(column.to_pylist(), dtype=object)
+    try:
+        return np.asarray(pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UsageError(f"column {name} is {column.type}, a number is needed", place="--keep") from None
