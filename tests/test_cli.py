@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Run
 from some_rollouts import Row, rollout, write_shard, write_shards
+
+from trm_audit.shards.write import head
 
 COMMAND = str(Path(sys.executable).with_name("trm-audit"))
 if not Path(COMMAND).exists():
@@ -271,19 +275,22 @@ def test_a_pipe_through_all_stages_works_and_a_failure_at_its_head_reaches_its_e
     assert failed.stdout == b""
 
 
-def test_ctrl_c_while_waiting_for_a_pipe_is_exit_code_130() -> None:
-    line = [*COMMAND.split(), "filter", "-", *DELTA, "-o", "-"]
+def test_ctrl_c_while_waiting_for_a_pipe_is_exit_code_130(sampled_scores: Path) -> None:
+    # GIVEN a filter that has read a first batch, said what decides, and waits for the next
+    table = pq.read_table(sampled_scores / "data" / "part-0.parquet")
+    stream = io.BytesIO()
+    writer = pa.ipc.new_stream(stream, table.schema.with_metadata(head("scores")))
+    writer.write_table(table)
+    line = [*COMMAND.split(), "filter", "-", *DELTA, "--advantage", "none", "-o", "-"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(line, **pipes) as process:  # type: ignore[call-overload]
-        for _ in range(600):
-            with open(f"/proc/{process.pid}/wchan") as waiting:
-                if "pipe" in waiting.read():
-                    break
-            try:
-                process.wait(0.02)
-            except subprocess.TimeoutExpired:
-                continue
+        process.stdin.write(stream.getvalue())
+        process.stdin.flush()
+        assert b"k2 <= 0.05" in process.stderr.readline()
+        # WHEN Ctrl-C is pressed
         process.send_signal(signal.SIGINT)
-        process.wait(30)
-        assert process.returncode == 130
-        assert b"Traceback" not in process.stderr.read()
+        said = process.stderr.read()
+    # THEN it ends as interrupted
+    assert process.returncode == 130
+    assert b"Interrupted" in said
+    assert b"Traceback" not in said
