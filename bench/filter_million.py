@@ -1,6 +1,6 @@
 """How long filter takes to decide a million sequences when score shards hold statistics only, beside reading and writing them alone.
 
-    python bench/filter_million.py [ROWS]
+python bench/filter_million.py [ROWS]
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main(rows: int) -> None:
         options = FilterOptions(Criteria(delta_max=0.05, delta_avg=0.002))
         result = filter_scores([str(scores)], str(Path(tmp) / "train"), options)
         filtered = time.perf_counter() - began
-    print(f"{result.n_total:,} sequences, {result.n_kept:,} kept: {filtered:.1f} s, {filtered / copied:.1f} x a copy of the files")
+    print(
+        f"{result.n_total:,} sequences, {result.n_kept:,} kept: {filtered:.1f} s, {filtered / copied:.1f} x a copy of the files"
+    )
 
 
 if __name__ == "__main__":

@@ -58,6 +58,19 @@ def test_the_lines_that_read_a_stream_read_what_filter_writes(tmp_path: Path) ->
     assert [line.split()[0] for line in out.stdout.decode().splitlines()] == batches.column("rollout_id").to_pylist()
 
 
+def test_the_demo_gives_the_numbers_that_the_readme_shows(tmp_path: Path) -> None:
+    scores = str(tmp_path / "scores")
+    scored = score([str(TINY)], scores, ScoreOptions(model=TINY / "model", trainer_version=200))
+    criteria = trm_audit.Criteria(delta_max=0.05, delta_avg=0.002)
+    kept = filter_scores([scores], str(tmp_path / "train"), FilterOptions(criteria))
+    summary = trm_audit.summarize([scores], trm_audit.ReportOptions(criteria))
+    assert f"scored {scored.rows} rollouts, {scored.num_tokens:,} tokens in {scored.shards} shards" in README
+    assert f"kept {kept.n_kept} of {kept.n_total} sequences" in README
+    assert summary.verdict.split(". ")[0] in README
+    bound = summary.bounds["all"]["exact"].bounds["adaptive_bound"]
+    assert f"adaptive_bound = {bound.published:.4g} (sharp {bound.sharp:.4g})" in README
+
+
 def test_the_rows_that_the_readme_writes_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (script,) = (block for block in blocks("python") if "write_rollout_table(" in block)
     (tmp_path / "rollouts").mkdir()

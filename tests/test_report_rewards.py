@@ -31,7 +31,9 @@ def summarize(rows: list[Row], parts: int = 3, keep: list[bool] | None = None) -
     builder = SummaryBuilder()
     for part in np.array_split(np.arange(len(rows)), parts):
         batch = score_batch([rows[i] for i in part])
-        builder.add(batch if keep is None else batch.append_column("keep", pa.array([keep[i] for i in part], pa.bool_())))
+        builder.add(
+            batch if keep is None else batch.append_column("keep", pa.array([keep[i] for i in part], pa.bool_()))
+        )
     return builder.finish()
 
 

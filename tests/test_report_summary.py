@@ -365,7 +365,9 @@ def test_rows_of_a_training_shard_bring_their_verdicts_and_reasons() -> None:
     lists = [[v if m else 0.0 for v, m in zip(row["log_ratio"], row["response_mask"], strict=True)] for row in rows]
     batch = batch.drop_columns("log_ratio").append_column("log_ratio", pa.array(lists, pa.list_(pa.float64())))
     keep = [i % 3 > 0 for i in range(len(rows))]
-    reason = [None if k else "seq_max_kl_above_delta_max(value=0.0612, position=17, delta=0.05); not_a_number" for k in keep]
+    reason = [
+        None if k else "seq_max_kl_above_delta_max(value=0.0612, position=17, delta=0.05); not_a_number" for k in keep
+    ]
     reason[0] = "no_policy_tokens"
     batch = batch.append_column("keep", pa.array(keep)).append_column("reason", pa.array(reason))
     summary = summarize(batch)
