@@ -1,4 +1,4 @@
-"""How long filter takes to decide a million sequences when score shards hold statistics only, beside reading and writing them alone.
+"""How long filter takes to decide a million sequences from statistics alone, beside copying their files.
 
 python bench/filter_million.py [ROWS]
 """
@@ -56,7 +56,8 @@ def main(rows: int) -> None:
         result = filter_scores([str(scores)], str(Path(tmp) / "train"), options)
         filtered = time.perf_counter() - began
     print(
-        f"{result.n_total:,} sequences, {result.n_kept:,} kept: {filtered:.1f} s, {filtered / copied:.1f} x a copy of the files"
+        f"{result.n_total:,} sequences, {result.n_kept:,} kept: {filtered:.1f} s, "
+        f"{filtered / copied:.1f} times a copy of the files"
     )
 
 

@@ -28,8 +28,8 @@ from trm_audit.criteria.conditions import (
     Operand,
     Or,
 )
-from trm_audit.errors import UsageError
 from trm_audit.criteria.expressions import Expression, parse
+from trm_audit.errors import UsageError
 
 NAN = math.nan
 NAMES = ("a", "b", "seq_max_kl", "log")

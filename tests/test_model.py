@@ -49,6 +49,25 @@ def test_a_padded_batch_in_chunks_equals_each_sequence_alone(architecture: str, 
     assert far(in_parts(model, rows), wanted) < 1e-4
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_long_sequence_in_pieces_equals_the_whole(architecture: str, tmp_path: Path) -> None:
+    # GIVEN a sequence of several sliding windows, and a limit that a window is not a multiple of
+    own = tiny_model(architecture)
+    model = load(save(own, tmp_path))
+    (row,) = sequences([61])
+    # WHEN it is computed piece by piece, each with the cache of those before (or at once where a model cannot)
+    pieces = list(model.pieces(row, 7))
+    assert [first for first, _ in pieces] == (list(range(0, 61, 7)) if model.in_pieces else [0])
+    # THEN it is the same
+    found = torch.cat([model.logits(hidden[0]) for _, hidden in pieces])
+    assert far([found], [logits_alone(own, row)]) < 1e-4
+
+
+def test_attention_models_go_in_pieces(tmp_path: Path) -> None:
+    for architecture in ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3"):
+        assert load(save(tiny_model(architecture), tmp_path / architecture)).in_pieces, architecture
+
+
 def test_the_whole_model_is_itself_again_after_its_parts_were_used(tmp_path: Path) -> None:
     model = load(save(tiny_model("gemma2"), tmp_path))
     rows = sequences(LENGTHS)

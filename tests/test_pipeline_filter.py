@@ -268,6 +268,20 @@ def test_allow_partial_takes_what_is_there(unfinished: Path, tmp_path: Path) -> 
     assert len(filtered(unfinished, tmp_path / "out", allow_partial=True)) == 8
 
 
+def test_scores_of_rollouts_that_are_gone_are_passed_over(checkpoint: Path, run: Run, tmp_path: Path) -> None:
+    # GIVEN two shards scored, and a second run after one of them was taken away
+    rollouts, scores = tmp_path / "rollouts", str(tmp_path / "scores")
+    for k in (0, 1):
+        write_shard(rollouts / f"part-{k}.parquet", [rollout(10 * k + i) for i in range(4)])
+    for left in (2, 1):
+        assert score([str(rollouts)], scores, ScoreOptions(model=checkpoint)).done == (0 if left == 2 else 1)
+        (rollouts / "part-1.parquet").unlink(missing_ok=True)
+    # THEN its scores are not judged with the others, and that is said
+    outcome = run("filter", scores, "--delta-max", "1", "-o", tmp_path / "out")
+    assert "part-1.parquet is passed over" in outcome.err
+    assert "of 4 sequences" in outcome.err
+
+
 def test_scores_of_two_models_are_not_judged_together(exact_scores: Path, sampled_scores: Path, tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
     for k, folder in enumerate((exact_scores, sampled_scores)):

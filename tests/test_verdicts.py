@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trm_audit.criteria.thresholds import Criteria, needed_columns, resolve
+from trm_audit.criteria.verdicts import Verdicts, causes, decide
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.numerics.estimators import sampled_divergences
 from trm_audit.numerics.ragged import sequence_statistics
-from trm_audit.criteria.verdicts import Verdicts, causes, decide
 
 NAN, INF = math.nan, math.inf
 VERL = Path(__file__).parent / "data" / "verl-first48.parquet"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from trm_audit.errors import BadInput, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+PROBE_TOKENS = 40
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Position scalings that look at the longest row of a batch."""
 
@@ -69,6 +70,7 @@ class TrainerModel:
     Attributes:
         vocab_size: columns of `logits`.
         alone: rows must not be padded together (see `plan.micro_batches`).
+        in_pieces: a long sequence may be computed piece by piece.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class TrainerModel:
         self._decoder = self._split()
         if self.head_dtype != self.dtype:
             self._widen_head()
+        self.in_pieces = not self.alone and self._can_do_pieces()
 
     @torch.inference_mode()
     def hidden(self, rows: Sequence[Tensor]) -> Tensor:
@@ -105,6 +108,40 @@ class TrainerModel:
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device, non_blocking=True)
         out: Tensor = self._decoder(input_ids=padded, use_cache=False).last_hidden_state
         return out
+
+    def pieces(self, row: Tensor, max_tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """Last hidden states of one long sequence, at most `max_tokens` positions at a time.
+
+        Each piece is computed with the cache of those before it, so that only that cache grows with the sequence. A model
+        that a probe found unable to do so (`in_pieces`) computes the whole sequence at once.
+
+        Args:
+            row: [T] token ids, int64 on the CPU.
+
+        Returns:
+            Pairs of the first position and [1, n, H].
+        """
+        step = max_tokens if self.in_pieces else len(row)
+        _forget_lengths(self._model)
+        past = None
+        for start in range(0, len(row), step):
+            ids = row[None, start : start + step].to(self.device)
+            with torch.inference_mode():
+                out = self._decoder(input_ids=ids, past_key_values=past, use_cache=step < len(row))
+            past = getattr(out, "past_key_values", None)
+            yield start, out.last_hidden_state
+
+    def _can_do_pieces(self) -> bool:
+        """Whether hidden states with a cache lead to the same log-probabilities as without one."""
+        probe = torch.arange(1, PROBE_TOKENS) % self.vocab_size
+        whole = self.logits(self.hidden([probe])[0])
+        self.in_pieces = True
+        try:
+            hidden = torch.cat([piece[0] for _, piece in self.pieces(probe, PROBE_TOKENS // 4)])
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        off = float((whole.log_softmax(1) - self.logits(hidden).log_softmax(1)).abs().max())
+        return off <= PROBE_TOLERANCE[self.dtype]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

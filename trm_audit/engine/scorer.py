@@ -95,15 +95,23 @@ class Scorer:
         return out
 
     def _micro_batch(self, batch: RolloutBatch, rows: list[int], out: TokenScores) -> None:
-        hidden = self._model.hidden(
-            [torch.from_numpy(np.concatenate([batch.prompt[row], batch.response[row]])) for row in rows]
-        )
+        ids = [torch.from_numpy(np.concatenate([batch.prompt[row], batch.response[row]])) for row in rows]
+        if len(rows) == 1 and len(ids[0]) > self._max_tokens:
+            for first, hidden in self._model.pieces(ids[0], self._max_tokens):
+                self._positions(batch, rows, hidden, first, out)
+        else:
+            self._positions(batch, rows, self._model.hidden(ids), 0, out)
+
+    def _positions(self, batch: RolloutBatch, rows: list[int], hidden: Tensor, first: int, out: TokenScores) -> None:
+        """Scores the policy tokens that hidden states [rows, n, H] of the positions first..first + n predict."""
         tokens, where = [], []
         for place, row in enumerate(rows):
             start = batch.response.offsets[row]
             at = np.flatnonzero(batch.response_mask[start : batch.response.offsets[row + 1]])
-            tokens.append(start + at)
-            where.append(np.stack([np.full_like(at, place), batch.prompt.lengths[row] - 1 + at], 1))
+            position = batch.prompt.lengths[row] - 1 + at - first
+            here = (position >= 0) & (position < hidden.shape[1])
+            tokens.append(start + at[here])
+            where.append(np.stack([np.full_like(at, place), position], 1)[here])
         flat, positions = np.concatenate(tokens), torch.from_numpy(np.concatenate(where)).to(hidden.device)
         for i in range(0, len(flat), self._head_rows):
             piece = positions[i : i + self._head_rows]
@@ -158,10 +166,7 @@ class _Piece:
             assert self.logits is not None
             mine = np.flatnonzero(self.rows == row)
             tokens = self.tokens[mine]
-            at = tokens - self.batch.response.offsets[row]
-            stored = self.logits.rows(self.batch.rollout_id[row], int(at[0]), int(at[-1]) + 1)
-            if len(stored) != len(at):
-                stored = stored[torch.from_numpy(at - at[0])]
+            stored = self._stored(row, tokens - self.batch.response.offsets[row])
             stored = stored.to(trainer.device)[:, : trainer.shape[1]].float()
             rollout = self._rebuilt(row, tokens, stored)
             self._rollout_logprobs(row, tokens, stored, rollout)
@@ -182,6 +187,13 @@ class _Piece:
         lost = rollout.gather(1, ids).isneginf()
         self.out.num_disagreements[row] += int((lost & ~stored.gather(1, ids).isneginf()).sum())
         return rollout.scatter(1, ids, stored.gather(1, ids) / rebuild[0])
+
+    def _stored(self, row: int, at: Ints) -> Tensor:
+        """Stored logits of some positions, [n, V], read run by run: between two turns of a dialogue lie tool tokens."""
+        assert self.logits is not None
+        runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+        name = self.batch.rollout_id[row]
+        return torch.cat([self.logits.rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
 
     def _rollout_logprobs(self, row: int, tokens: Ints, stored: Tensor, rollout: Tensor) -> None:
         """Checks the sampled values against the stored distribution, and replaces those that are not of pi_roll."""

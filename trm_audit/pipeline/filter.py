@@ -111,6 +111,8 @@ def filter_scores(
         stream = open_stream(source, "scores")
         return _filter_stream(stream, output, options, watch)
     found = find_score_shards(inputs, options.allow_partial)
+    for path, reason in found.passed_over:
+        watch.note(f"{path} is passed over: {reason}")
     overview = _overview(found.shards)
     criteria = resolve(options.criteria, overview.grades)
     for line in describe(criteria, overview.grades):

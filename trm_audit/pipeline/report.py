@@ -64,7 +64,7 @@ def summarize(
         reading = _Reading(stream.metadata, options, None)
         reading.add(stream, watch)
         return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))])
-    shards = _find(inputs, options)
+    shards = _find(inputs, options, watch)
     reading = _Reading(shards[0].metadata, options, grades_in(shards))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
@@ -72,14 +72,17 @@ def summarize(
     return reading.finish([shard.json(schema.COUNTS) for shard in shards])
 
 
-def _find(inputs: Sequence[str], options: ReportOptions) -> list[Shard]:
+def _find(inputs: Sequence[str], options: ReportOptions, watch: Progress) -> list[Shard]:
     """Training shards if there are any, otherwise the score shards of a finished run."""
     try:
         training = find_shards(inputs, "training")
     except BadInput:
         training = Found()
     if not training.shards:
-        return find_score_shards(inputs, options.allow_partial).shards
+        scores = find_score_shards(inputs, options.allow_partial)
+        for path, reason in scores.passed_over:
+            watch.note(f"{path} is passed over: {reason}")
+        return scores.shards
     if training.bad:
         raise training.bad[0]
     return training.shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
     found = find_shards(inputs, "scores")
     if found.bad:
         raise found.bad[0]
+    _leave_out_strangers(found, inputs)
     models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
     if len(models) > 1:
         raise BadInput(
@@ -47,6 +49,20 @@ def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
             next_step="A verdict is about one model: filter them apart.",
         )
     return found
+
+
+def _leave_out_strangers(found: Found, inputs: Sequence[str]) -> None:
+    """Passes over shards of rollouts that are gone since: they lie in the folder and are not of the finished run."""
+    for text in inputs:
+        success = Path(text) / "_SUCCESS"
+        if not success.is_file():
+            continue
+        listed = {Path(text) / "data" / name for name in json.loads(success.read_text("utf-8"))["shards"]}
+        own = [shard for shard in found.shards if shard.path.parent == Path(text) / "data"]
+        for shard in own:
+            if shard.path not in listed:
+                found.shards.remove(shard)
+                found.passed_over.append((shard.path, "its rollouts are not among the finished run's"))
 
 
 def grades_of(batch: pa.RecordBatch) -> set[str]:
