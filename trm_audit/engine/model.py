@@ -112,8 +112,8 @@ class TrainerModel:
     def pieces(self, row: Tensor, max_tokens: int) -> Iterator[tuple[int, Tensor]]:
         """Last hidden states of one long sequence, at most `max_tokens` positions at a time.
 
-        Each piece is computed with the cache of those before it, so that only that cache grows with the sequence. A model
-        that a probe found unable to do so (`in_pieces`) computes the whole sequence at once.
+        Each piece is computed with the cache of those before it, so that only that cache grows with the sequence. A
+        model that a probe found unable to do so (`in_pieces`) computes the whole sequence at once.
 
         Args:
             row: [T] token ids, int64 on the CPU.
