@@ -151,7 +151,7 @@ class _Piece:
             )
         self._put("trainer_logprobs", self.tokens, logprobs)
         self._exact(trainer)
-        self._interval(trainer, logprobs)
+        self._interval(trainer)
         rest = np.flatnonzero(self.grades != "exact")
         if len(rest):
             self._put("trainer_entropy", self.tokens[rest], entropies(trainer[torch.from_numpy(rest)]))
@@ -208,7 +208,7 @@ class _Piece:
         if self.out.rebuilt[row]:
             self.out.rollout_logprobs[tokens] = token_logprobs(rollout, ids).cpu().numpy()
 
-    def _interval(self, trainer: Tensor, logprobs: Tensor) -> None:
+    def _interval(self, trainer: Tensor) -> None:
         mine = np.flatnonzero(self.grades == "interval")
         if not len(mine):
             return

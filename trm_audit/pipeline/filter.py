@@ -26,7 +26,7 @@ from trm_audit.shards.read import Shard, StreamSource, open_stream, read_batches
 from trm_audit.shards.training import training_columns
 from trm_audit.shards.write import Sink, StreamSink, head
 
-BATCH_TOKENS = 1 << 21
+BATCH_BYTES = 128 << 20
 OVERVIEW = (*DECIDING, "group_id", "reward")
 
 
@@ -276,7 +276,7 @@ class _Job:
 
     def shard(self, shard: Shard, sink: Sink, result: FilterResult, watch: Progress) -> None:
         """Judges a shard's rows."""
-        for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)):
+        for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)):
             sink.write(self.batch(batch, str(shard.path), result))
             watch.advance(int(np.sum(batch.column("num_tokens").to_numpy(zero_copy_only=False))))
 

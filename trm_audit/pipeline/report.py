@@ -18,7 +18,7 @@ from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema
 from trm_audit.shards.read import Found, Shard, find_shards, open_stream, read_batches, rows_at_once
 
-BATCH_TOKENS = 1 << 21
+BATCH_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def summarize(
     reading = _Reading(shards[0].metadata, options, grades_in(shards))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
-        reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)), watch)
+        reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)), watch)
     return reading.finish([shard.json(schema.COUNTS) for shard in shards])
 
 

@@ -24,7 +24,7 @@ from trm_audit.shards.write import Sink
 if TYPE_CHECKING:
     from trm_audit.shards.logits import StoredLogits
 
-BATCH_TOKENS = 1 << 19  # response tokens of one batch
+BATCH_BYTES = 16 << 20  # columns of one batch; their scores take about ten times as much
 WINDOW_BYTES = 512 << 20  # stored logits of one window
 
 
@@ -60,7 +60,7 @@ class RolloutLoop:
         rules = self._trainer.rules(logits, self._selection.duplicates)
         left = self._selection.rows[shard.name]
         row = 0
-        for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS)):
+        for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)):
             named = self._rename(batch, str(shard.path))
             numbers = np.arange(row, row + batch.num_rows)
             row += batch.num_rows

@@ -23,7 +23,7 @@ from trm_audit.shards.rows import RowRules, read_rows
 if TYPE_CHECKING:
     from trm_audit.shards.logits import StoredLogits
 
-BATCH_TOKENS = 1 << 19
+BATCH_BYTES = 32 << 20
 LOGITS_ROWS = 64
 
 
@@ -94,7 +94,7 @@ def validate(
         with _Collect(result):
             logits = stored_logits(shard.logits)
             check = _Check(options, result, logits, duplicates)
-            batches = read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_TOKENS))
+            batches = read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES))
             for row, batch in _numbered(batches):
                 check.batch(batch, str(shard.path), row)
                 watch.advance(batch.num_rows * shard.num_tokens // max(1, shard.num_rows))

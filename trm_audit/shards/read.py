@@ -34,6 +34,7 @@ class Shard:
         name: what its output shard is called, unique within a run.
         num_rows: rows by the footer.
         num_tokens: response tokens by the footer, 0 where the column is not there.
+        num_bytes: of its columns in memory, about.
         metadata: the footer's keys.
         logits: side files with full logits.
     """
@@ -42,6 +43,7 @@ class Shard:
     name: str
     num_rows: int
     num_tokens: int
+    num_bytes: int
     metadata: Mapping[bytes, bytes]
     logits: tuple[Path, ...] = ()
 
@@ -51,10 +53,10 @@ class Shard:
         return value if isinstance(value, dict) else {}
 
 
-def rows_at_once(shard: Shard, tokens: int) -> int:
-    """Rows of a batch of about so many response tokens, by the shard's mean length."""
-    mean = max(1, shard.num_tokens // max(1, shard.num_rows))
-    return max(8, min(16384, tokens // mean))
+def rows_at_once(shard: Shard, num_bytes: int) -> int:
+    """Rows of a batch that takes about so much memory, by the shard's mean row."""
+    mean = max(1, shard.num_bytes // max(1, shard.num_rows))
+    return max(1, min(16384, num_bytes // mean))
 
 
 @dataclass
@@ -135,7 +137,8 @@ def _sort_in(found: Found, path: Path, name: str, kind: str, named: bool, rename
         return
     schema.check_version(metadata, str(path))
     logits = _side_files(path, metadata) if kind == "rollouts" else ()
-    found.shards.append(Shard(path, name, file.metadata.num_rows, _num_tokens(file, renames), metadata, logits))
+    tokens = _num_tokens(file, renames)
+    found.shards.append(Shard(path, name, file.metadata.num_rows, tokens, _num_bytes(file), metadata, logits))
 
 
 def _is_rollouts(path: Path, names: Sequence[str], named: bool) -> bool:
@@ -181,6 +184,13 @@ def _num_tokens(file: pq.ParquetFile, renames: Mapping[str, str]) -> int:
     columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.startswith(leaf)]
     groups = range(metadata.num_row_groups)
     return sum(metadata.row_group(g).column(columns[0]).num_values for g in groups) if columns else 0
+
+
+def _num_bytes(file: pq.ParquetFile) -> int:
+    """Size of all columns in memory: what the pages hold, or 4 bytes a value where dictionaries made them small."""
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+    return int(max(4 * values, sum(group.total_byte_size for group in groups)))
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
