@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from some_rollouts import VOCAB, rollout, write_shard, write_shards
 
 from trm_audit import cli
 from trm_audit.pipeline.score import ScoreOptions, score
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # one worker of pytest a core (see pyproject.toml); torch is not loaded yet
 
 
 @dataclass(frozen=True)
