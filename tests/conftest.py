@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from some_rollouts import VOCAB, rollout, write_shard, write_shards
 
 from trm_audit import cli
 from trm_audit.pipeline.score import ScoreOptions, score
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # one worker of pytest a core (see pyproject.toml); torch is not loaded yet
+# No test depends on how fast the machine is, and each worker of pytest has a core to itself (torch is not loaded yet).
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)
