@@ -237,3 +237,10 @@ def test_token_logprobs_and_entropies_agree_with_float64() -> None:
     np.testing.assert_allclose(token_logprobs(logits, ids).numpy(), wanted[np.arange(21), ids], rtol=1e-6, atol=2e-6)
     np.testing.assert_allclose(entropies(logits).numpy(), entropy(np.exp(wanted), axis=1), rtol=2e-6)
     assert token_logprobs(logits.bfloat16(), ids).dtype == torch.float64
+
+
+def test_a_token_of_probability_zero_has_a_log_probability_of_minus_infinity() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, -torch.inf, 1.0]])
+    found = token_logprobs(logits, torch.tensor([1, 2]))
+    assert found[0] == -torch.inf
+    assert found[1].item() == pytest.approx(1 - math.log(1 + math.e), abs=1e-7)

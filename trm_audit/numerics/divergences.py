@@ -66,14 +66,16 @@ def divergences(rollout_logits: Tensor, trainer_logits: Tensor) -> TokenDivergen
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of one token per row, [n] float64 (nats).
+    """Log-probability of one token per row, [n] float64 (nats); -inf for a token of probability 0.
 
     Args:
         logits: [n, V].
         ids: [n] int64.
     """
-    shifted, _, log_mass = _shift(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    return shifted.gather(1, ids[:, None])[:, 0].double() - log_mass[:, 0].double()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    peak = logits.amax(1, keepdim=True)
+    token = (logits.gather(1, ids[:, None]) - peak)[:, 0].double()
+    return token - (logits - peak).exp().sum(1).double().log()
 
 
 def entropies(logits: Tensor) -> Tensor:
