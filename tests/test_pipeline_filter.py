@@ -259,7 +259,7 @@ def test_an_unfinished_score_folder_is_refused(run: Run, unfinished: Path, tmp_p
     arguments = (command, unfinished, "--delta-max", "1", *(("-o", tmp_path / "out") if command == "filter" else ()))
     refused = run(*arguments)
     assert refused.code == 3
-    assert "its scoring run is not finished (no _SUCCESS)" in refused.err
+    assert "its run is not finished (no _SUCCESS)" in refused.err
     assert "--allow-partial" in refused.err
     assert run(*arguments, "--allow-partial").code == 0
 

@@ -112,7 +112,7 @@ def test_equal_values_may_come_in_any_order_and_a_little_rounding_is_forgiven() 
 def test_several_grades_share_a_batch_and_the_best_evidence_decides() -> None:
     batch, errors = read(rollout(0), rollout(1, "interval"), {**rollout(2), "response_ids": [], "rollout_logprobs": []})
     assert errors == []
-    assert list(batch.grade) == ["sampled", "interval", "sampled"]
+    assert list(batch.grade) == ["sampled", "interval", None]  # nothing to grade without a policy token
 
 
 def test_a_row_without_policy_tokens_needs_no_evidence() -> None:

@@ -105,7 +105,7 @@ class RolloutBatch:
         topk: top-K evidence, or None without the columns.
         sampling: [rows].
         policy_version: [rows] oldest version of the row, float64 with NaN for null, or None without the column.
-        grade: [rows] best grade the row's evidence allows.
+        grade: [rows] best grade the row's evidence allows; None where there is no policy token to speak of.
 
     Worked instance: one row, prompt [5, 11], response [3, 8], mask [True, False], rollout_logprobs [-.1, nan], grade
         ["sampled"].
@@ -124,7 +124,7 @@ class RolloutBatch:
     topk: TopK | None
     sampling: Sequence[Sampling]
     policy_version: Floats | None
-    grade: Sequence[Grade]
+    grade: Sequence[Grade | None]
 
     def __len__(self) -> int:
         return len(self.rollout_id)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trm_audit.engine.model import TrainerModel
 from trm_audit.engine.plan import micro_batches
-from trm_audit.errors import BadInput
+from trm_audit.errors import BadInput, RowError
 from trm_audit.numerics.divergences import divergences, entropies, token_logprobs
 from trm_audit.numerics.intervals import ENGINE_SLACK, intervals
 from trm_audit.numerics.ragged import Floats, Ints, segment_sum
@@ -44,7 +44,7 @@ class Comparison:
     audited_policy: AuditedPolicy
 
 
-def comparison(sampling: Sampling, grade: Grade) -> Comparison:
+def comparison(sampling: Sampling, grade: Grade | None) -> Comparison:
     """What can be compared with what, by the stage the values were stored at.
 
     Full logits can be tempered and truncated afterwards, so pi_roll is rebuilt. Raw top-K and sampled values cannot
@@ -203,7 +203,15 @@ class _Piece:
         given = self.batch.rollout_logprobs[tokens]
         largest = torch.where(stored.isneginf(), 0, stored).abs().amax(1).double().cpu().numpy()
         tolerance = AGREEMENT + 2 * self.logits.step(self.batch.rollout_id[row]) * largest
-        off = (~np.isnan(given) & ~(np.abs(given - expected) <= tolerance)) | np.isneginf(expected)
+        excluded = np.isneginf(expected)
+        if (excluded & np.isnan(given)).any():
+            at = int(tokens[np.flatnonzero(excluded)[0]] - self.batch.response.offsets[row])
+            raise RowError(
+                f"the token at position {at} of response_ids has probability 0 in the stored logits",
+                place=self.batch.place(row),
+                next_step="Row t is what token t was drawn from, nothing is shifted (schemas/rollout.md, rule 11).",
+            )
+        off = (~np.isnan(given) & ~(np.abs(given - expected) <= tolerance)) | excluded
         self.out.num_disagreements[row] += int(off.sum())
         if self.out.rebuilt[row]:
             self.out.rollout_logprobs[tokens] = token_logprobs(rollout, ids).cpu().numpy()

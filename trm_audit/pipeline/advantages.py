@@ -16,7 +16,10 @@ from trm_audit.numerics.ragged import Floats
 
 
 class Baselines:
-    """Mean reward by group, summed up batch by batch. Rows without a reward do not count, without a group are one."""
+    """Mean reward by group, summed up batch by batch. Rows without a reward do not count.
+
+    The baseline of a row without a group is the mean of the whole data set.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[object, tuple[float, int]] = {}
@@ -33,7 +36,8 @@ class Baselines:
     def advantages(self, batch: pa.RecordBatch) -> Floats:
         """[rows] float64, NaN where the row has no reward."""
         nothing = (np.nan, 1)
-        sums = [self._sums.get(group, nothing) for group in _groups(batch).to_pylist()]
+        whole = sum(total for total, _ in self._sums.values()), max(1, sum(count for _, count in self._sums.values()))
+        sums = [whole if group is None else self._sums.get(group, nothing) for group in _groups(batch).to_pylist()]
         baseline = np.array([total / count for total, count in sums], dtype=np.float64)
         return np.asarray(batch.column("reward").to_numpy(zero_copy_only=False), dtype=np.float64) - baseline
 
@@ -46,12 +50,12 @@ def whole_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The rows of a stream, cut so that no group is divided between two batches.
 
     Raises:
-        UsageError: there are no groups, or one comes back after it ended.
+        UsageError: rows have no group, or one comes back after it ended.
     """
     held: pa.Table | None = None
     closed: set[int] = set()
     for batch in batches:
-        if "group_id" not in batch.schema.names:
+        if "group_id" not in batch.schema.names or batch.column("group_id").null_count:
             raise UsageError(
                 "advantages need the mean reward of the data set, which a stream does not tell before its end",
                 next_step="Use --advantage none, or filter files.",

@@ -48,14 +48,16 @@ def dry_run(inputs: Sequence[str], options: ScoreOptions) -> DryRun:
     selection = select(found.shards, options.columns, options.sample, options.limit)
     if selection.bad:
         raise selection.bad[0]
-    shards = chosen_shards(found.shards, selection, options)
+    part, parts = options.part
+    shards = chosen_shards(found.shards, selection, options)[part - 1 :: parts]
     num_tokens = sum(shard.num_tokens * selection.rows[shard.name] // max(shard.num_rows, 1) for shard in shards)
     trainer = Trainer(options)
-    speed = _speed(shards[0], trainer, selection) if num_tokens else float("inf")
+    speeds = (_speed(shard, trainer, selection) for shard in shards)
+    speed = next((one for one in speeds if one > 0), float("inf"))
     files = {file for shard in shards for file in shard.logits}
     return DryRun(
         shards=len(shards),
-        rows=sum(selection.rows.values()),
+        rows=sum(selection.rows[shard.name] for shard in shards),
         num_tokens=num_tokens,
         logits_bytes=sum(file.stat().st_size for file in files),
         tokens_per_second=speed,

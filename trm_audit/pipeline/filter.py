@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -142,7 +143,7 @@ class _Overview:
 
 def _overview(shards: Sequence[Shard]) -> _Overview:
     out = _Overview(set(), None)
-    fill = all(needs_advantage(set(_names(shard))) for shard in shards)
+    fill = any(needs_advantage(set(_names(shard))) for shard in shards)
     if fill:
         out.baselines = Baselines()
     for shard in shards:
@@ -155,7 +156,7 @@ def _overview(shards: Sequence[Shard]) -> _Overview:
         columns = [name for name in OVERVIEW if name in names and (fill or name in DECIDING)]
         for batch in read_batches(shard.path, batch_rows=65536, columns=columns):
             out.grades.update(grades_of(batch))
-            if out.baselines is not None:
+            if out.baselines is not None and "reward" in names:
                 out.baselines.add(batch)
     return out
 
@@ -213,8 +214,7 @@ def _filter_stream(
 ) -> FilterResult:
     fill = options.advantage == "auto" and needs_advantage(set(stream.schema.names))
     batches = whole_groups(iter(stream)) if fill else iter(stream)
-    first = next(batches, None)
-    grades = set() if first is None else grades_of(first)
+    held, grades = _until_a_grade(batches)
     criteria = resolve(options.criteria, grades)
     for line in describe(criteria, grades):
         watch.note(line)
@@ -224,7 +224,7 @@ def _filter_stream(
     watch.start(0)
 
     def judge(sink: Sink) -> None:
-        for batch in _chain(first, batches):
+        for batch in chain(held, batches):
             if fill:
                 job.baselines = Baselines()
                 job.baselines.add(batch)
@@ -244,10 +244,15 @@ def _filter_stream(
     return result
 
 
-def _chain(first: pa.RecordBatch | None, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    if first is not None:
-        yield first
-    yield from rest
+def _until_a_grade(batches: Iterator[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], set[str]]:
+    """The first batches up to one that has policy tokens, and its grades: they decide what the criteria mean."""
+    held = []
+    for batch in batches:
+        held.append(batch)
+        grades = grades_of(batch)
+        if grades:
+            return held, grades
+    return held, set()
 
 
 class _Job:
@@ -291,6 +296,7 @@ class _Job:
         for reason in verdicts.reason:
             if reason is not None:
                 result.reasons.update(causes(reason))
-        advantage = self.baselines.advantages(batch) if self.baselines is not None else None
+        fill = self.baselines is not None and needs_advantage(set(batch.schema.names))
+        advantage = self.baselines.advantages(batch) if fill and self.baselines is not None else None
         out = training_columns(batch, verdicts.keep, verdicts.reason, advantage)
         return out.filter(pa.array(verdicts.keep)) if self.options.drop else out

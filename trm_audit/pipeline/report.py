@@ -12,7 +12,7 @@ import pyarrow as pa
 from trm_audit.criteria.thresholds import Criteria, describe, resolve
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.pipeline.progress import Progress, Silent
-from trm_audit.pipeline.score_shards import find_score_shards, grades_in, grades_of, judge
+from trm_audit.pipeline.score_shards import check_finished, find_score_shards, grades_in, grades_of, judge
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema
@@ -85,6 +85,8 @@ def _find(inputs: Sequence[str], options: ReportOptions, watch: Progress) -> lis
         return scores.shards
     if training.bad:
         raise training.bad[0]
+    if not options.allow_partial:
+        check_finished(training.shards)
     return training.shards
 
 
@@ -121,7 +123,7 @@ class _Reading:
     def add(self, batches: Iterable[pa.RecordBatch], watch: Progress) -> None:
         """Takes batches in."""
         for batch in batches:
-            if self._grades is None:
+            if not self._grades:
                 self._grades = grades_of(batch)
                 self._resolve(self._grades)
             self._builder.add(batch if self._judged else self._with_verdicts(batch))
@@ -141,10 +143,14 @@ class _Reading:
     def finish(self, counts: Sequence[Mapping[str, object]]) -> AuditSummary:
         """The summary; counts are those of the footers or the trailer."""
         total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
+        num_dropped = max(0, total - self._builder.counts["n_total"])
+        for each in counts if num_dropped else ():
+            reasons = each.get("reasons")
+            self._builder.reasons.update(reasons if isinstance(reasons, dict) else {})
         return self._builder.finish(
             horizon=self._options.horizon,
             reward_range=self._options.reward_range,
             num_skipped=skipped,
-            num_dropped=max(0, total - self._builder.counts["n_total"]),
+            num_dropped=num_dropped,
             run=self._run,
         )

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from trm_audit.errors import AuditError, BadInput, RowError
+from trm_audit.errors import AuditError, RowError
 from trm_audit.numerics.ragged import Ints
 from trm_audit.pipeline.progress import Progress
 from trm_audit.pipeline.selection import Selection, sample_column, sampled
 from trm_audit.pipeline.trainer import Trainer
+from trm_audit.rollout import RolloutBatch
 from trm_audit.shards import schema
 from trm_audit.shards.publish import OutputFolder
 from trm_audit.shards.read import Shard, read_batches, rows_at_once
@@ -102,16 +103,37 @@ class RolloutLoop:
             rows = batch.slice(window.start, len(window))
             rollouts, errors = read_rows(rows, place, numbers[window.start : window.stop], rules)
             self._skip(errors)
-            try:
-                scores = self._trainer.score(rollouts, logits)
-            except RowError as error:
-                raise BadInput(error.cause, place=error.place, next_step=error.next_step) from error
-            columns = score_columns(
-                rollouts, scores, self._trainer.options.trainer_version, rebuilds=self._rebuilds or logits is not None
-            )
-            self.counts.add(columns)
-            self._sink.write(columns)
-            self._watch.advance(int(rollouts.response.offsets[-1]))
+            self._score(rollouts, rows, place, numbers[window.start : window.stop], rules, logits)
+
+    def _score(
+        self,
+        rollouts: RolloutBatch,
+        rows: pa.RecordBatch,
+        place: str,
+        numbers: Ints,
+        rules: RowRules,
+        logits: StoredLogits | None,
+    ) -> None:
+        """Scores checked rows; a fault that only scoring finds (in stored logits) is skipped row by row."""
+        try:
+            scores = self._trainer.score(rollouts, logits)
+        except RowError as error:
+            if not self._trainer.options.skip_bad:
+                raise
+            if len(rollouts) == 1:
+                self._skip([error])
+                return
+            kept = {int(number) for number in rollouts.row_numbers}
+            for i in (i for i, number in enumerate(numbers) if int(number) in kept):
+                one, _ = read_rows(rows.slice(i, 1), place, numbers[i : i + 1], rules)
+                self._score(one, rows.slice(i, 1), place, numbers[i : i + 1], rules, logits)
+            return
+        columns = score_columns(
+            rollouts, scores, self._trainer.options.trainer_version, rebuilds=self._rebuilds or logits is not None
+        )
+        self.counts.add(columns)
+        self._sink.write(columns)
+        self._watch.advance(int(rollouts.response.offsets[-1]))
 
     def _skip(self, errors: Sequence[AuditError]) -> None:
         if errors and not self._trainer.options.skip_bad:

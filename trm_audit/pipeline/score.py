@@ -130,6 +130,7 @@ def _score_folder(
     watch: Progress,
 ) -> None:
     part, parts = trainer.options.part
+    folder.begin([shard.name for shard in shards])
     mine = [shard for k, shard in enumerate(shards) if k % parts == part - 1]
     pending = []
     for shard in mine:
@@ -142,11 +143,12 @@ def _score_folder(
     watch.start(sum(shard.num_tokens for shard, _ in pending))
     began = time.monotonic()
     bad = set()
+    rebuilds = any(shard.logits for shard in shards)
     for shard, fingerprint in pending:
         metadata = head("scores", fingerprint=fingerprint, run=folder.run)
         try:
             with folder.shard(shard.name, metadata) as sink:
-                loop = RolloutLoop(trainer, selection, sink, watch, folder)
+                loop = RolloutLoop(trainer, selection, sink, watch, folder, rebuilds)
                 loop.shard(shard)
                 sink.close(loop.counts.to_json())
         except BadInput as error:

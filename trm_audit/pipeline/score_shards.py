@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,12 @@ def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
     Raises:
         BadInput: a shard cannot be read, a run is not finished, or the shards are of several models.
     """
-    for text in inputs:
-        unfinished = (Path(text) / "run.json").is_file() and not (Path(text) / "_SUCCESS").is_file()
-        if unfinished and not allow_partial:
-            raise BadInput(
-                "its scoring run is not finished (no _SUCCESS)",
-                place=text,
-                next_step="Run the same score command again, it goes on where it was; "
-                "--allow-partial takes what is there.",
-            )
     found = find_shards(inputs, "scores")
     if found.bad:
         raise found.bad[0]
-    _leave_out_strangers(found, inputs)
+    if not allow_partial:
+        check_finished(found.shards)
+    _leave_out_strangers(found)
     models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
     if len(models) > 1:
         raise BadInput(
@@ -51,18 +43,27 @@ def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
     return found
 
 
-def _leave_out_strangers(found: Found, inputs: Sequence[str]) -> None:
+def check_finished(shards: Sequence[Shard]) -> None:
+    """Raises BadInput where a shard lies in the folder of a run that has not finished."""
+    for folder in dict.fromkeys(shard.path.parent.parent for shard in shards if shard.path.parent.name == "data"):
+        if (folder / "run.json").is_file() and not (folder / "_SUCCESS").is_file():
+            raise BadInput(
+                "its run is not finished (no _SUCCESS)",
+                place=str(folder),
+                next_step="Run the command that writes it again, it goes on where it was; "
+                "--allow-partial takes what is there.",
+            )
+
+
+def _leave_out_strangers(found: Found) -> None:
     """Passes over shards of rollouts that are gone since: they lie in the folder and are not of the finished run."""
-    for text in inputs:
-        success = Path(text) / "_SUCCESS"
-        if not success.is_file():
+    for shard in tuple(found.shards):
+        success = shard.path.parent.parent / "_SUCCESS"
+        if shard.path.parent.name != "data" or not success.is_file():
             continue
-        listed = {Path(text) / "data" / name for name in json.loads(success.read_text("utf-8"))["shards"]}
-        own = [shard for shard in found.shards if shard.path.parent == Path(text) / "data"]
-        for shard in own:
-            if shard.path not in listed:
-                found.shards.remove(shard)
-                found.passed_over.append((shard.path, "its rollouts are not among the finished run's"))
+        if shard.path.name not in json.loads(success.read_text("utf-8")).get("shards", [shard.path.name]):
+            found.shards.remove(shard)
+            found.passed_over.append((shard.path, "its rollouts are not among the finished run's"))
 
 
 def grades_of(batch: pa.RecordBatch) -> set[str]:

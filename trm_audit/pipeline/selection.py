@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trm_audit.errors import BadInput
 from trm_audit.numerics.ragged import Bools
@@ -114,8 +115,9 @@ def sampled(names: pa.Array, sample: float) -> Bools:
 
 
 def sample_column(batch: pa.RecordBatch) -> pa.Array:
-    """The column that `--sample` looks at."""
-    return batch.column("group_id" if "group_id" in batch.schema.names else "rollout_id")
+    """What `--sample` looks at: the group, or the rollout where it has none."""
+    ids = pc.cast(batch.column("rollout_id"), pa.string())
+    return pc.coalesce(pc.cast(batch.column("group_id"), pa.string()), ids) if "group_id" in batch.schema.names else ids
 
 
 def digest(value: object) -> str:

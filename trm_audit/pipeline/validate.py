@@ -145,7 +145,7 @@ class _Check:
         self._result.errors += errors
         self._result.rows += batch.num_rows
         self._result.num_tokens += int(rollouts.response_mask.sum())
-        self._result.grades.update(rollouts.grade)
+        self._result.grades.update(grade for grade in rollouts.grade if grade is not None)
         self._result.warnings.update(suspicions(rollouts))
         if self._logits is not None and self._options.read_logits:
             for row, grade in enumerate(rollouts.grade):

@@ -133,7 +133,7 @@ class ScoreBatch:
 
 
 def oldest_policy_version(batch: ScoreBatch) -> Floats | None:
-    """[rows] `policy_version`, of a list the smallest; NaN for null, None without the column."""
+    """[rows] `policy_version`, of a list the smallest over policy tokens; NaN for null, None without the column."""
     if not batch.has("policy_version"):
         return None
     column = batch.batch.column("policy_version")
@@ -141,6 +141,12 @@ def oldest_policy_version(batch: ScoreBatch) -> Floats | None:
         return batch.floats("policy_version")
     out = np.full(batch.num_rows, np.inf)
     values = _to_floats(column.flatten())
+    if batch.has("response_mask"):
+        masks = batch.batch.column("response_mask")
+        known = np.repeat(np.asarray(masks.is_valid()), _lengths(column))
+        inside = np.ones(len(values), dtype=bool)
+        inside[known] = _to_floats(masks.filter(column.is_valid()).flatten()) == 1
+        values = np.where(inside, values, np.nan)
     np.fmin.at(out, np.repeat(np.arange(batch.num_rows), _lengths(column)), values)
     out[np.isinf(out)] = np.nan
     return out

@@ -56,12 +56,15 @@ def summarize(
     decided = builder.counts["num_decided"] == builder.counts["n_total"] > 0
     rewards = _rewards(builder.rewards, reward_range, counts.n_total if decided else None)
     n_kept = builder.counts["n_kept"] if decided else None
-    violations = _violations(builder, counts.num_groups is not None)
+    whole = num_dropped == 0  # otherwise only kept rows are here, and what is said of all of them would be false
+    violations = _violations(builder, counts.num_groups is not None) if whole else None
     sequences = {
         name: _quantiles(builder.sequences[name]) for name in sorted(builder.sequences, key=_ORDER.__getitem__)
     }
     surrogate = None if rewards.surrogate is None else rewards.surrogate.mean
     bounds = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate)
+    if not whole:
+        bounds.pop("all", None)
     return AuditSummary(
         verdict=words.verdict(counts, sequences, n_kept, builder.criteria),
         notes=words.notes(counts, bounds, violations is not None, "seq_sum_k3" in builder.sequences),
@@ -74,8 +77,8 @@ def summarize(
         reasons=dict(sorted(builder.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
         tokens={name: _quantiles(histogram) for name, histogram in sorted(builder.tokens.items())},
         sequences=sequences,
-        acceptance_curves=_curves(builder, counts.num_without_policy_tokens),
-        acceptance_combined=_combined(builder, counts.num_without_policy_tokens),
+        acceptance_curves=_curves(builder, counts.num_without_policy_tokens) if whole else AcceptanceCurves([], {}),
+        acceptance_combined=_combined(builder, counts.num_without_policy_tokens) if whole else [],
         violations=violations,
         d_max={name: spread.max for name, spread in sequences.items() if name.startswith("seq_max_")},
         d_seq=_sequence_totals(builder.clusters),
@@ -85,7 +88,7 @@ def summarize(
         token_masking=_token_masking(builder, violations),
         importance=_importance(builder),
         elsewhere=_elsewhere(builder),
-        **{f"by_{name}": _categories(totals, decided) for name, totals in builder.breakdowns.items()},
+        **{f"by_{name}": _categories(totals, decided and whole) for name, totals in builder.breakdowns.items()},
     )
 
 

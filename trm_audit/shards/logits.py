@@ -147,6 +147,8 @@ class StoredLogits:
             rows: Tensor = view.get_slice(rollout_id)[low:high]
             return rows
         data = self._group(block.file, block.row_group)[block.row].as_buffer()
+        if data is None:
+            raise RowError("data is null", place=f"{block.file}, rollout_id={rollout_id}, start={block.start}")
         if data.size != block.count * block.vocab_size * block.dtype.itemsize:
             raise RowError(
                 f"data has {data.size} bytes, {block.count} x {block.vocab_size} values of {block.dtype} are "
@@ -195,6 +197,13 @@ def _table_blocks(file: Path) -> Iterator[tuple[str, Block]]:
     for missing in (name for name in (*schema.BLOCK_COLUMNS, "data") if name not in names):
         raise BadInput(
             f"column {missing!r} is missing", place=str(file), next_step="See schemas/rollout.md, long table."
+        )
+    kind = open_parquet(file).schema_arrow.field("data").type
+    if kind not in schema.BLOCK_DATA:
+        raise BadInput(
+            f"column 'data' is {kind}, large_binary is needed",
+            place=str(file),
+            next_step="See schemas/rollout.md, long table.",
         )
     for group in range(open_parquet(file).metadata.num_row_groups):
         row = 0

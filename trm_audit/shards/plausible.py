@@ -43,9 +43,9 @@ def suspicions(batch: RolloutBatch) -> Counter[str]:
     return +out  # without those that were not seen
 
 
-def _stage(sampling: Sampling, grade: Grade) -> str | None:
+def _stage(sampling: Sampling, grade: Grade | None) -> str | None:
     """What the stage of the stored values keeps an audit from saying; full logits can be brought to any stage."""
-    if grade == "exact" or sampling.logprobs_mode == "processed":
+    if grade in ("exact", None) or sampling.logprobs_mode == "processed":
         return None
     if sampling.truncates:
         return RAW_TRUNCATED if sampling.logprobs_mode == "raw" else TEMPERED_TRUNCATED

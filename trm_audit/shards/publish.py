@@ -114,7 +114,13 @@ class OutputFolder:
             found = json.loads(file.read_text("utf-8"))
             if found.get("fingerprint") == self.run["fingerprint"]:
                 return
-            if not self._overwrite:
+            if found.get("kind") != self.run["kind"]:
+                raise BadInput(
+                    f"holds {found.get('kind')}, which {self.run['kind']} never replace",
+                    place=str(self.path),
+                    next_step="Give another -o.",
+                )
+            if not self._overwrite and any(self.data.iterdir()):
                 raise BadInput(
                     f"was made with {_difference(found, self.run)} (fingerprint {str(found.get('fingerprint'))[:8]}, "
                     f"this run {str(self.run['fingerprint'])[:8]})",
@@ -216,12 +222,19 @@ class OutputFolder:
             append_line(self.path / "skipped.jsonl", line)
             self._skipped.add(text)
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Takes an older `_SUCCESS` away if shards of the run are missing: the folder must not be read as whole."""
+        with self._folder_lock():
+            if any(not (self.data / name).exists() for name in names):
+                (self.path / "_SUCCESS").unlink(missing_ok=True)
+
     def finish(self, names: Sequence[str], summary: Mapping[str, object]) -> bool:
         """Writes `_SUCCESS` if every shard of the run is there or was left out (the last of several parts does)."""
         with self._folder_lock():
             left_out = {line.get("shard") for line in read_lines(self.path / "skipped.jsonl")}
             there = [name for name in names if (self.data / name).exists()]
             if not {*names} <= {*there, *left_out}:
+                (self.path / "_SUCCESS").unlink(missing_ok=True)
                 return False
             success = {**summary, "shards": there}
             publish_text(self.path / "_SUCCESS", json.dumps(success, indent=1, sort_keys=True) + "\n")

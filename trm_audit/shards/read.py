@@ -119,7 +119,8 @@ def _candidates(inputs: Sequence[str]) -> Iterator[tuple[Path, str, bool]]:
             if not matches:
                 raise BadInput("does not exist", place=text, next_step="Give a folder, a file, a glob or - for stdin.")
             for match in matches:
-                yield from _candidates([match])
+                for file, name, _ in _candidates([match]):
+                    yield file, name, False
 
 
 def _sort_in(found: Found, path: Path, name: str, kind: str, named: bool, renames: Mapping[str, str]) -> None:
@@ -130,7 +131,7 @@ def _sort_in(found: Found, path: Path, name: str, kind: str, named: bool, rename
     ours = [next((mine for mine, theirs in renames.items() if theirs == name), name) for name in names]
     if stated != kind and not (kind == "rollouts" and not stated and _is_rollouts(path, ours, named)):
         reason = f"its footer says {stated}" if stated else "its columns do not fit"
-        if named:
+        if named and not path.name.startswith("logits-"):
             raise BadInput(f"not a {kind} shard: {reason}", place=str(path), next_step=_remedy(kind, stated, names))
         if not path.name.startswith("logits-"):
             found.passed_over.append((path, reason))

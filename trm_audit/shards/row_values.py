@@ -21,13 +21,15 @@ FLOAT_STEPS = {"halffloat": 2.0**-11, "float": 2.0**-24, "double": 2.0**-24}
 
 
 def topk_step(batch: pa.RecordBatch) -> float:
-    """Largest relative rounding error of the stored top-K values, by the type that the file has them in."""
-    if "rollout_topk_logprobs" not in batch.schema.names:
-        return FLOAT_STEPS["float"]
-    kind = batch.schema.field("rollout_topk_logprobs").type
-    while hasattr(kind, "value_type"):
-        kind = kind.value_type
-    return FLOAT_STEPS.get(str(kind), FLOAT_STEPS["float"])
+    """Largest relative rounding error of the stored log-probabilities, by the types that the file has them in."""
+    steps = [FLOAT_STEPS["float"]]
+    for name in ("rollout_topk_logprobs", "rollout_logprobs"):
+        if name in batch.schema.names:
+            kind = batch.schema.field(name).type
+            while hasattr(kind, "value_type"):
+                kind = kind.value_type
+            steps.append(FLOAT_STEPS.get(str(kind), FLOAT_STEPS["float"]))
+    return max(steps)
 
 
 def read_logprobs(rows: Rows, name: str, response: Ragged, mask: Bools) -> tuple[Floats, Bools]:
@@ -66,7 +68,10 @@ def read_topk(
     """Rule 6. -inf at the end of a list of processed values is left out, positions outside the mask are empty."""
     ids, values = rows.column("rollout_topk_ids"), rows.column("rollout_topk_logprobs")
     if ids is None or values is None:
+        _refuse_half(rows, ids if values is None else values)
         return None, np.zeros(len(rows), dtype=np.bool_)
+    half = np.asarray(ids.is_valid()) != np.asarray(values.is_valid())
+    rows.fault(np.flatnonzero(half).tolist(), HALF_TOPK, "Both columns of a row are there, or both are null (rule 6).")
     has = np.asarray(ids.is_valid()) & np.asarray(values.is_valid())
     there = np.repeat(has, response.lengths)
     usable = pc.if_else(pa.array(has), ids, None), pc.if_else(pa.array(has), values, None)
@@ -94,6 +99,16 @@ def read_topk(
     )
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return TopK(tokens[keep], logprobs[keep], offsets, step), has
+
+
+HALF_TOPK = "only one of rollout_topk_ids and rollout_topk_logprobs is there"
+
+
+def _refuse_half(rows: Rows, other: pa.Array | None) -> None:
+    """Faults rows that have one of the two columns of top-K evidence where the file lacks the other."""
+    if other is not None:
+        there = np.flatnonzero(np.asarray(other.is_valid())).tolist()
+        rows.fault(there, HALF_TOPK, "Both columns of a row are there, or both are null (rule 6).")
 
 
 def _check_topk(

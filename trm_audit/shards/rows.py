@@ -133,11 +133,13 @@ def _grades(
     num_tokens: Floats,
     has_logprobs: Bools,
     has_topk: Bools,
-) -> list[Grade]:
-    """Rules 9 and 11: the best grade each row's evidence allows."""
-    grades: list[Grade] = []
+) -> list[Grade | None]:
+    """Rules 9 and 11: the best grade each row's evidence allows, None without policy tokens."""
+    grades: list[Grade | None] = []
     for row, name in enumerate(ids):
-        if rules.logits is not None and name in rules.logits and not rules.stored_trainer:
+        if num_tokens[row] == 0:
+            grades.append(None)
+        elif rules.logits is not None and name in rules.logits and not rules.stored_trainer:
             grades.append("exact")
             try:
                 rules.logits.check(

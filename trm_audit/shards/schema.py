@@ -84,6 +84,8 @@ BLOCK_COLUMNS: Mapping[str, Column] = {
     "vocab_size": Column(pa.int64(), pt.is_integer, required=True),
     "encoding": Column(pa.string(), _text, required=True),
 }
+BLOCK_DATA = (pa.binary(), pa.large_binary())
+"""Types that the column `data` of stored logits may have."""
 
 
 def looks_like_rollouts(schema: pa.Schema) -> bool:
