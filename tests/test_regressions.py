@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Run
+from models import save, tiny_model
 from some_rollouts import rollout, write_shard
 
 from trm_audit.criteria.thresholds import Criteria
@@ -122,3 +123,11 @@ def test_a_report_of_kept_rows_alone_says_nothing_of_all(sampled_scores: Path, t
     assert summary.reasons == dict(result.reasons)
     assert (summary.violations, summary.acceptance_curves.curves) == (None, {})
     assert "all" not in summary.bounds
+
+
+def test_a_sequence_beyond_a_table_of_positions_is_bad_input(tmp_path: Path, run: Run) -> None:
+    model = save(tiny_model("gpt2", max_position_embeddings=16), tmp_path / "model")
+    write_shard(tmp_path / "rollouts" / "a.parquet", [rollout(0, length=40)])
+    outcome = run("score", tmp_path / "rollouts", "--model", model, "-o", tmp_path / "scores")
+    assert outcome.code == 3
+    assert "max_position_embeddings" in outcome.err

@@ -134,11 +134,11 @@ class TrainerModel:
     def _can_do_pieces(self) -> bool:
         """Whether hidden states with a cache lead to the same log-probabilities as without one."""
         probe = torch.arange(1, PROBE_TOKENS) % self.vocab_size
-        whole = self.logits(self.hidden([probe])[0])
         self.in_pieces = True
         try:
+            whole = self.logits(self.hidden([probe])[0])
             hidden = torch.cat([piece[0] for _, piece in self.pieces(probe, PROBE_TOKENS // 4)])
-        except (AttributeError, TypeError, ValueError, RuntimeError):
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False
         off = float((whole.log_softmax(1) - self.logits(hidden).log_softmax(1)).abs().max())
         return off <= PROBE_TOLERANCE[self.dtype]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trm_audit.engine.model import TrainerModel
 from trm_audit.engine.plan import micro_batches
-from trm_audit.errors import BadInput, RowError
+from trm_audit.errors import BadInput, RowError, UsageError
 from trm_audit.numerics.divergences import divergences, entropies, token_logprobs
 from trm_audit.numerics.intervals import ENGINE_SLACK, intervals
 from trm_audit.numerics.ragged import Floats, Ints, segment_sum
@@ -84,14 +84,28 @@ class Scorer:
         """Scores every policy token of a batch.
 
         Raises:
-            BadInput: the model's output is not a number.
+            BadInput: the model's output is not a number, or a sequence is longer than its positions.
+            UsageError: the device is out of memory.
             RowError: stored logits are not (rule 11).
         """
         out = empty_scores(batch, [comparison(s, g) for s, g in zip(batch.sampling, batch.grade, strict=True)])
         num_policy = segment_sum(batch.response_mask.astype(np.float64), batch.response.offsets)
         lengths = np.where(num_policy > 0, batch.prompt.lengths + batch.response.lengths, 0)
         for rows in micro_batches(lengths.tolist(), self._max_tokens, alone=self._model.alone):
-            self._micro_batch(batch, rows, out)
+            try:
+                self._micro_batch(batch, rows, out)
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    f"the device is out of memory with {len(rows)} rows of up to {int(lengths[rows[0]])} tokens",
+                    place=batch.place(rows[0]),
+                    next_step="Lower --max-tokens or --head-rows.",
+                ) from error
+            except IndexError as error:  # a table of learned positions has an end
+                raise BadInput(
+                    f"the model cannot take a sequence of {int(lengths[rows[0]])} tokens ({error})",
+                    place=batch.place(rows[0]),
+                    next_step="Its positions end earlier (max_position_embeddings): leave longer rollouts out.",
+                ) from error
         return out
 
     def _micro_batch(self, batch: RolloutBatch, rows: list[int], out: TokenScores) -> None:
