@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,11 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import entropy
 from torch import Tensor
 
-from trm_audit.numerics.divergences import TokenDivergences, divergences, entropies, token_logprobs
+from trm_audit.numerics.divergences import TokenDivergences, divergences, row_statistics
+from trm_audit.numerics.rows import torch_only
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every claim here is made of the compiled code, where there is a compiler, and of the torch code."""
+    with torch_only() if request.param == "torch" else nullcontext():
+        yield
+
 
 FIELDS = ("kl", "kl_reverse", "tv", "rollout_entropy", "trainer_entropy")
 
@@ -84,6 +95,15 @@ def test_every_figure_agrees_with_its_definition_in_float64(vocab: int, distance
     agree(divergences(rollout, trainer), reference(rollout, trainer), rtol=1e-2 if distance < 0.1 else 1e-4)
 
 
+@pytest.mark.parametrize(("distance", "rtol"), [(3e-6, 3e-3), (3e-5, 3e-4), (3e-4, 3e-5)])
+def test_total_variation_keeps_its_digits_where_it_is_small(distance: float, rtol: float) -> None:
+    rollout, trainer = pairs(12, 1000, 1.0, distance, seed=12)
+    trainer[:, ::7] += 2 * distance
+    wanted = reference(rollout, trainer)["tv"]
+    assert wanted.max() < distance
+    np.testing.assert_allclose(divergences(rollout, trainer).tv.numpy(), wanted, rtol=rtol)
+
+
 def test_float64_logits_are_computed_in_float64() -> None:
     rollout, trainer = (logits.double() for logits in pairs(10, 300, 2.0, 1e-4, seed=2))
     agree(divergences(rollout, trainer), reference(rollout, trainer), rtol=1e-8)
@@ -115,7 +135,7 @@ def test_a_vocabulary_of_one_token_has_no_divergence_and_no_entropy() -> None:
 def test_no_rows_give_no_figures() -> None:
     found = divergences(torch.zeros(0, 7), torch.zeros(0, 7))
     assert all(getattr(found, name).shape == (0,) for name in FIELDS)
-    assert entropies(torch.zeros(0, 7)).shape == (0,)
+    assert row_statistics(torch.zeros(0, 7)).entropy.shape == (0,)
 
 
 @pytest.mark.parametrize(("constant", "rtol"), [(1.0, 1e-4), (100.0, 1e-3), (1e4, 0.02)])
@@ -192,7 +212,7 @@ def test_rollout_comes_first_and_the_trainer_second() -> None:
     assert float(found.kl_reverse) == pytest.approx(0.001 * math.log(0.001 / 0.9) + 0.999 * math.log(9.99), rel=1e-5)
     # THEN rho = pi_theta / pi_roll is .00111, not 900
     sampled = torch.tensor([0])
-    log_ratio = token_logprobs(trainer, sampled) - token_logprobs(rollout, sampled)
+    log_ratio = row_statistics(trainer, sampled).logprobs - row_statistics(rollout, sampled).logprobs
     assert float(log_ratio.exp()) == pytest.approx(0.00111, abs=5e-6)
 
 
@@ -229,18 +249,72 @@ def test_divergences_are_never_negative_and_obey_pinsker(rollout: np.ndarray, tr
     agree(found, reference(torch.from_numpy(rollout), torch.from_numpy(trainer)), rtol=1e-3, atol=1e-4)
 
 
-def test_token_logprobs_and_entropies_agree_with_float64() -> None:
+def test_log_probabilities_and_entropies_agree_with_float64() -> None:
     logits = pairs(21, 5000, 4.0, 0.0, seed=9)[0]
     logits[3, 100:] = -torch.inf
     ids = torch.randint(0, 100, (21,), generator=torch.Generator().manual_seed(9))
     wanted = log_softmax(logits.double().numpy(), axis=1)
-    np.testing.assert_allclose(token_logprobs(logits, ids).numpy(), wanted[np.arange(21), ids], rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(entropies(logits).numpy(), entropy(np.exp(wanted), axis=1), rtol=2e-6)
-    assert token_logprobs(logits.bfloat16(), ids).dtype == torch.float64
+    found = row_statistics(logits, ids)
+    np.testing.assert_allclose(found.logprobs.numpy(), wanted[np.arange(21), ids], rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(found.entropy.numpy(), entropy(np.exp(wanted), axis=1), rtol=2e-6)
+    np.testing.assert_allclose(found.logsumexp.numpy(), logsumexp(logits.double().numpy(), axis=1), rtol=2e-7)
+    assert row_statistics(logits.bfloat16(), ids).logprobs.dtype == torch.float64
 
 
 def test_a_token_of_probability_zero_has_a_log_probability_of_minus_infinity() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, -torch.inf, 1.0]])
-    found = token_logprobs(logits, torch.tensor([1, 2]))
+    found = row_statistics(logits, torch.tensor([1, 2])).logprobs
     assert found[0] == -torch.inf
     assert found[1].item() == pytest.approx(1 - math.log(1 + math.e), abs=1e-7)
+
+
+def test_one_visit_gives_what_each_row_has_by_itself_too() -> None:
+    rollout, trainer = pairs(21, 3000, 3.0, 0.3, seed=10)
+    rollout[2, :2000] = -torch.inf
+    ids = torch.randint(0, 3000, (21,), generator=torch.Generator().manual_seed(10))
+    # GIVEN the float16 that is stored, against the trainer's float32
+    stored = rollout.half()
+    found = divergences(stored, trainer, ids)
+    for side, logits in (("rollout", stored), ("trainer", trainer)):
+        alone = row_statistics(logits, ids)
+        for name, value in (("logprobs", alone.logprobs), ("entropy", alone.entropy), ("logsumexp", alone.logsumexp)):
+            torch.testing.assert_close(getattr(found, f"{side}_{name}"), value, rtol=1e-6, atol=1e-6)
+        wanted = log_softmax(logits.double().numpy(), axis=1)[np.arange(21), ids]
+        np.testing.assert_allclose(getattr(found, f"{side}_logprobs").numpy(), wanted, rtol=1e-6, atol=2e-6)
+    assert bool(divergences(stored, trainer).trainer_logprobs.isnan().all())
+
+
+@pytest.mark.parametrize("place", [0, 700, 1023, 1024, 2999])
+@pytest.mark.parametrize("defect", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_that_is_not_a_distribution_shows_in_its_log_sum_exp(
+    dtype: torch.dtype, defect: float, place: int
+) -> None:
+    # GIVEN a defect in row 1 of the rollout side and row 3 of the trainer's, and rows 2 and 4 that are all -inf
+    rollout, trainer = (logits.to(dtype) for logits in pairs(6, 3000, 2.0, 0.3, seed=11))
+    ids = torch.tensor([0, 0, 1, 700, 1024, 2999])
+    rollout[1, place] = trainer[3, place] = defect
+    rollout[2], trainer[4] = -torch.inf, -torch.inf
+    found = divergences(rollout, trainer, ids)
+    # THEN exactly those say so, each on its own side
+    assert found.rollout_logsumexp.isfinite().tolist() == [True, False, False, True, True, True]
+    assert found.trainer_logsumexp.isfinite().tolist() == [True, True, True, False, False, True]
+    for name in ("kl", "kl_reverse", "tv"):
+        assert getattr(found, name).isnan().tolist() == [False, True, True, True, True, False]
+    for name in ("logprobs", "entropy"):
+        assert getattr(found, f"rollout_{name}").isnan().tolist() == [False, True, True, False, False, False]
+        assert getattr(found, f"trainer_{name}").isnan().tolist() == [False, False, False, True, True, False]
+    alone = row_statistics(trainer, ids)
+    assert torch.equal(alone.logsumexp.isfinite(), found.trainer_logsumexp.isfinite())
+
+
+def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
+    logits, ids = torch.zeros(2, 5), torch.tensor([1, 2])
+    for wrong in (torch.tensor([1, 5]), torch.tensor([-1, 0]), torch.tensor([1, 2, 3])):
+        with pytest.raises(ValueError, match="ids"):
+            divergences(logits, logits, wrong)
+        with pytest.raises(ValueError, match="ids"):
+            row_statistics(logits, wrong)
+    with pytest.raises(ValueError, match=r"\(2, 5\) and \(2, 4\)"):
+        divergences(logits, logits[:, :4], ids)
+    assert divergences(logits, logits, ids.int()).kl.tolist() == [0, 0]

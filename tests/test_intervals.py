@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 
@@ -11,10 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from trm_audit.numerics.divergences import divergences
+from trm_audit.numerics.divergences import divergences, row_statistics
 from trm_audit.numerics.intervals import Intervals, intervals
+from trm_audit.numerics.rows import torch_only
 
 STEPS = {torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every claim here is made of the compiled code, where there is a compiler, and of the torch code."""
+    with torch_only() if request.param == "torch" else nullcontext():
+        yield
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Case:
         return self.ids.shape[1] - 1
 
     def bounds(self) -> Intervals:
-        return intervals(self.logq, self.ids, self.stored, self.stored[:, self.k - 1], STEPS[self.dtype])
+        return intervals(self.trainer, self.ids, self.stored, self.stored[:, self.k - 1], STEPS[self.dtype])
 
     def exact(self) -> tuple[Tensor, Tensor]:
         found = divergences(self.logp, self.trainer.double())
@@ -264,3 +274,23 @@ def test_rows_with_lists_of_different_length_are_bounded_as_if_alone() -> None:
     alone = intervals(wide.logq[1:], wide.ids[1:, :3], short[1:, :3], floor[1:], 2.0**-24)
     for one in fields(Intervals):
         torch.testing.assert_close(getattr(together, one.name)[1:], getattr(alone, one.name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_of_any_type_and_constant_and_a_known_normaliser_give_the_same_bounds(dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(9)
+    rollout = shape("natural", 20, 3000, rng)
+    one = case(rollout, rollout + 0.5 * torch.randn(20, 3000, generator=rng), 64, torch.float16, 9)
+    logits = one.trainer.to(dtype)
+    rest = one.ids, one.stored, one.stored[:, one.k - 1], STEPS[one.dtype]
+    plain = intervals(logits.double().log_softmax(1), *rest)
+    given = intervals(logits, *rest, row_statistics(logits).logsumexp)
+    for found in (given, intervals(logits, *rest), intervals(logits.float() + 8.0, *rest)):
+        for bound in fields(Intervals):
+            torch.testing.assert_close(getattr(found, bound.name), getattr(plain, bound.name), rtol=2e-5, atol=1e-5)
+
+
+def test_an_id_outside_the_vocabulary_is_refused() -> None:
+    stored = torch.tensor([[0.5, 0.3]], dtype=torch.float64).log()
+    with pytest.raises(ValueError, match="vocabulary of 4"):
+        intervals(torch.zeros(1, 4), torch.tensor([[0, 4]]), stored, stored[:, 1], 2.0**-24)

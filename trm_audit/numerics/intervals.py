@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from trm_audit.numerics.rows import checked_ids, kernel
 
 ENGINE_SLACK = 2e-5
 """What float32 engines' own normalisers are off: stored probabilities were seen to sum to 1.000015."""
@@ -37,42 +38,81 @@ class Intervals:
     tv_upper: Tensor
 
 
-def intervals(logq: Tensor, ids: Tensor, logp: Tensor, log_floor: Tensor, step: float) -> Intervals:
+def intervals(
+    logits: Tensor, ids: Tensor, logp: Tensor, log_floor: Tensor, step: float, logsumexp: Tensor | None = None
+) -> Intervals:
     """Bounds of KL(pi_roll || pi_theta) and of TV, per row.
 
     Args:
-        logq: [n, V] log-probabilities of pi_theta.
+        logits: [n, V] of pi_theta, floating point; any constant per row, so that log-probabilities will do too.
         ids: [n, K] int64, the tokens of S; at least one per row.
         logp: [n, K] float64 their log-probabilities under pi_roll; -inf marks an entry that is not there.
         log_floor: [n] float64 log p_min: no token outside S is more probable.
         step: relative error of a stored log-probability, 2**-11 for float16 and 2**-24 for float32.
+        logsumexp: [n] float64 of the logits, if the caller has it (`row_statistics`).
+
+    Raises:
+        ValueError: an id is not in the vocabulary.
     """
     there = logp > -torch.inf
     p = torch.where(there, logp, -torch.inf).exp()
-    known = torch.where(there, ids, ids[:, :1])  # absent entries repeat the first id, with p = 0
-    log_q = torch.where(there, logq.gather(1, known).double(), 0.0)
+    known = checked_ids(torch.where(there, ids, ids[:, :1]), logits.shape[1])  # absent entries repeat the first id
+    if logsumexp is None:
+        logsumexp = kernel(logits).single(logits, None)[:, 2]
+    log_q = torch.where(there, logits.gather(1, known).double() - logsumexp[:, None], 0.0)
     q = torch.where(there, log_q.exp(), 0.0)
     slack = p * torch.expm1(logp.abs().nan_to_num(0, 0, 0) * step + ENGINE_SLACK)
-    in_s = torch.zeros_like(logq, dtype=torch.bool).scatter_(1, known, True)
-    tail, tail_size = logq.masked_fill(in_s, torch.nan), in_s.logical_not().sum(1)
-    log_s = logq.masked_fill(in_s, -torch.inf).logsumexp(1).double()  # s itself may underflow
-    s = log_s.exp()
     r = (1 - p.sum(1)).clamp(min=0)
-    r = torch.where(tail_size > 0, r, 0.0)
+    log_floor = log_floor + step * log_floor.abs() + ENGINE_SLACK
+    tail = _tail(logits, known, r, log_floor.exp(), logsumexp)
+    s = tail.log_mass.exp()
+    r = torch.where(tail.size > 0, r, 0.0)
     log_pq = torch.where(there, logp.nan_to_num(0, 0, 0) - log_q, 0.0)
     gap = (p - q).abs().sum(1)
-    uncertain = TRAINER_SLACK * (1 + math.log(logq.shape[1]))  # entropies, which are sums of q log q, are at most log V
+    uncertain = TRAINER_SLACK * (1 + math.log(logits.shape[1]))  # entropies, sums of q log q, are at most log V
     spread = slack.sum(1) + uncertain
+    log_s = tail.log_mass  # s itself may underflow
     excluded = (there & (p > 0) & log_q.isneginf()).any(1) | ((r > spread) & log_s.isneginf())  # for certain
     noise = uncertain + TRAINER_SLACK * ((p * _finite(log_q).abs()).sum(1) + r * _finite(log_s).abs())
     lower = (_kl_lower(p, _finite(log_pq), slack, r, log_s) - noise).clamp(min=0)
     return Intervals(
         kl_lower=torch.where(excluded, torch.inf, lower),
-        kl_upper=_kl_upper(p, log_pq, slack, r, tail, tail_size, log_floor + step * log_floor.abs() + ENGINE_SLACK)
-        + noise,
+        kl_upper=_kl_upper(p, log_pq, slack, r, tail, log_floor) + noise,
         tv_lower=((gap + (r - s).abs()) / 2 - spread).clamp(min=0),
         tv_upper=((gap + r + s) / 2 + spread).clamp(max=1),
     )
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """log q of the tokens outside S, [n] float64 each.
+
+    Attributes:
+        size: how many.
+        log_mass: log s.
+        full: how many of the smallest were asked for, and are there.
+        low_sum, next_low: sum of those, and the next one.
+        least, most: the extremes.
+    """
+
+    size: Tensor
+    log_mass: Tensor
+    full: Tensor
+    low_sum: Tensor
+    next_low: Tensor
+    least: Tensor
+    most: Tensor
+
+
+def _tail(logits: Tensor, known: Tensor, r: Tensor, floor: Tensor, logsumexp: Tensor) -> _Tail:
+    """One visit to each row; `full` is how many tail tokens at p_min = floor a mass of r fills."""
+    wanted = (r / floor).nan_to_num(0, None, 0).floor().clamp(max=logits.shape[1])
+    ordered = known.sort(1).values
+    size, log_mass, low_sum, *some = kernel(logits).tail(logits, ordered, wanted.long()).unbind(1)
+    full = torch.minimum(wanted, size)
+    low_sum = low_sum - torch.where(full > 0, full * logsumexp, 0.0)
+    next_low, least, most = (one - logsumexp for one in some)
+    return _Tail(size, log_mass - logsumexp, full, low_sum, next_low, least, most)
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -95,41 +135,15 @@ def _kl_lower(p: Tensor, log_pq: Tensor, slack: Tensor, r: Tensor, log_s: Tensor
     return (value - (reach * slope.abs()).sum(1)).nan_to_num(0).clamp(min=0)
 
 
-def _kl_upper(
-    p: Tensor, log_pq: Tensor, slack: Tensor, r: Tensor, tail: Tensor, tail_size: Tensor, log_floor: Tensor
-) -> Tensor:
+def _kl_upper(p: Tensor, log_pq: Tensor, slack: Tensor, r: Tensor, tail: _Tail, log_floor: Tensor) -> Tensor:
     """S exactly, the rest of the mass where it is worst, and what rounding can add to either."""
     floor = log_floor.exp()
-    full = torch.minimum((r / floor).nan_to_num(0, None, 0).floor(), tail_size.double()).long()  # tail tokens at p_min
-    low_sum, next_low, least, most = _smallest(tail, full)
-    left = torch.where(full < tail_size, (r - full * floor).clamp(min=0), 0.0)
-    worst = floor * (full * log_floor - low_sum)
-    worst = torch.where(full > 0, worst, 0.0) + torch.where(left > 0, left * (left.log() - next_low), 0.0)
+    left = torch.where(tail.full < tail.size, (r - tail.full * floor).clamp(min=0), 0.0)
+    worst = torch.where(tail.full > 0, floor * (tail.full * log_floor - tail.low_sum), 0.0)
+    worst = worst + torch.where(left > 0, left * (left.log() - tail.next_low), 0.0)
     spread = slack.sum(1)
-    steepest = torch.maximum((log_floor - least).abs(), (spread.clamp(min=1e-300).log() - most).abs()) + 1
-    rounding = (slack * (log_pq.abs() + 1)).sum(1) + torch.where(tail_size > 0, spread * steepest, 0.0)
+    least, most = (log_floor - tail.least).abs(), (spread.clamp(min=1e-300).log() - tail.most).abs()
+    steepest = torch.maximum(least, most) + 1
+    rounding = (slack * (log_pq.abs() + 1)).sum(1) + torch.where(tail.size > 0, spread * steepest, 0.0)
     total = (p * log_pq).sum(1) + worst + rounding
     return total.nan_to_num(torch.inf, torch.inf, torch.inf).clamp(min=0)
-
-
-def _smallest(tail: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row of log q (NaN is not in the tail): sum of the `count` smallest, the next one, the smallest, the largest.
-
-    A partition per row on a CPU (0.2 ms at V = 49152, a sort takes 4), one sort on a GPU.
-    """
-    if tail.device.type != "cpu":
-        ordered = tail.double().sort(1).values  # NaN last
-        sums = torch.cat([torch.zeros_like(ordered[:, :1]), ordered.nan_to_num(0, None, None).cumsum(1)], 1)
-        at = torch.minimum(count, (ordered.shape[1] - 1) * torch.ones_like(count))[:, None]
-        most = torch.where(tail.isnan(), -torch.inf, tail).amax(1).double()
-        return sums.gather(1, count[:, None])[:, 0], ordered.gather(1, at)[:, 0], ordered[:, 0], most
-    out = np.zeros((4, len(tail)))
-    for row, (values, n) in enumerate(zip(tail.numpy(), count.tolist(), strict=True)):
-        values = values[~np.isnan(values)]
-        if len(values) == 0:
-            continue
-        parted = np.partition(values, min(n, len(values) - 1))
-        upcoming = parted[n] if n < len(values) else 0.0
-        out[:, row] = parted[:n].sum(dtype=np.float64), upcoming, parted[: n + 1].min(), values.max()
-    low_sum, next_low, least, most = torch.from_numpy(out)
-    return low_sum, next_low, least, most
