@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from some_rollouts import VOCAB, as_table, log_softmax, logits_of, rollout, writ
 
 from trm_audit.errors import BadInput, RowError
 from trm_audit.pipeline.score import ScoreOptions, score
+from trm_audit.pipeline.selection import content_digest
 from trm_audit.shards.logits import STEPS, StoredLogits
+from trm_audit.shards.logits_index import KnownFiles, Stamp, index_files
 from trm_audit.shards.rollout_writer import LOGITS_SCHEMA, LogitsTableWriter, write_rollout_table
 
 
@@ -178,6 +183,218 @@ def test_a_flipped_byte_of_stored_logits_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(bytes(content))
     with pytest.raises(BadInput, match="row group 0 is damaged"):
         StoredLogits([file]).rows("a", 0, 60)
+
+
+def brain(x: np.ndarray) -> np.ndarray:
+    """Bit patterns of bfloat16."""
+    return torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+
+
+STORED = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16), "bfloat16": brain}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("encoding", STORED)
+def test_rows_of_one_block_are_a_view_and_no_copy(tmp_path: Path, encoding: str) -> None:
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", encoding, a=STORED[encoding](values(100)))])
+    block, part = stored.rows("a", 0, 64), stored.rows("a", 3, 9)
+    assert part.data_ptr() == block.data_ptr() + 3 * VOCAB * block.element_size()
+    assert torch.equal(part, block[3:9])
+    # rows of two blocks have to be put together
+    both = stored.rows("a", 0, 65)
+    assert both.data_ptr() != block.data_ptr()
+    assert torch.equal(both[:64], block)
+
+
+def arrow_bytes() -> int:
+    """What Arrow holds, without what earlier tests left in cycles."""
+    gc.collect()
+    return pa.total_allocated_bytes()
+
+
+def test_a_view_outlives_its_index_and_gives_its_memory_back(tmp_path: Path) -> None:
+    x, before = values(64), arrow_bytes()
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", a=x)])
+    view = stored.rows("a", 10, 20)
+    del stored
+    assert pa.total_allocated_bytes() > before
+    np.testing.assert_array_equal(view.numpy(), x[10:20])
+    del view
+    assert pa.total_allocated_bytes() <= before
+
+
+def test_rows_are_copied_once_views_would_hold_too_much(tmp_path: Path) -> None:
+    # GIVEN a cache that is smaller than what Arrow holds in all
+    x = values(64)
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", a=x)], cache_bytes=1)
+    one, two = stored.rows("a", 0, 64), stored.rows("a", 0, 64)
+    assert one.data_ptr() != two.data_ptr()
+    np.testing.assert_array_equal(one.numpy(), x)
+
+
+def test_a_block_behind_one_of_odd_length_is_copied_into_line(tmp_path: Path) -> None:
+    x = values(2)
+    file = blocks(
+        tmp_path / "l.parquet", ("bad", 0, 1, 1, "float32", b"odd"), ("a", 0, 2, VOCAB, "float32", x.tobytes())
+    )
+    found = StoredLogits([file]).rows("a", 0, 2)
+    assert found.data_ptr() % 4 == 0
+    np.testing.assert_array_equal(found.numpy(), x)
+
+
+@pytest.mark.parametrize("encoding", STORED)
+@pytest.mark.parametrize("kind", ["parquet", "safetensors"])
+def test_runs_of_positions_are_gathered_in_order(tmp_path: Path, kind: str, encoding: str) -> None:
+    x = torch.from_numpy(values(200)).to(DTYPES[encoding])
+    file = tmp_path / f"logits-0.{kind}"
+    if kind == "safetensors":
+        save_file({"other": x[:7] + 1, "a": x, "more": x[:3] - 1}, file)
+    else:
+        table_of(file, encoding, row_group_bytes=1, a=STORED[encoding](values(200)))
+    stored = StoredLogits([file])
+    for runs in ([(0, 200)], [(5, 6)], [(3, 10), (60, 70), (71, 72), (120, 200)], [(64, 128), (199, 200)]):
+        assert torch.equal(stored.gather("a", runs), torch.cat([x[start:stop] for start, stop in runs]))
+        assert stored.gather("a", runs).nbytes == stored.gathered_bytes("a", runs)
+
+
+def test_blocks_of_one_rollout_may_be_encoded_differently(tmp_path: Path) -> None:
+    x = values(4).astype(np.float16)
+    parts = [
+        ("a", 0, 2, VOCAB, "float16", x[:2].tobytes()),
+        ("a", 2, 2, VOCAB, "float32", x[2:].astype("<f4").tobytes()),
+    ]
+    stored = StoredLogits([blocks(tmp_path / "l.parquet", *parts)])
+    np.testing.assert_array_equal(stored.rows("a", 0, 4).numpy(), x.astype(np.float32))
+    assert stored.rows("a", 0, 2).dtype == torch.float16
+    assert stored.step("a") == 2.0**-11
+
+
+@pytest.mark.parametrize("runs", [[(0, 5)], [(4, 5)], [(1, 2), (3, 9)]])
+def test_positions_that_no_block_holds_are_an_error(tmp_path: Path, runs: list[tuple[int, int]]) -> None:
+    stored = StoredLogits([blocks(tmp_path / "l.parquet", ("a", 0, 4, 4, "float32", data(4)))])
+    with pytest.raises(RowError, match="no block of logits holds position 4"):
+        stored.gather("a", runs)
+
+
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
+    file = blocks(tmp_path / "l.parquet", ("a", 0, 1, 4, "float32", data(1)), ("b", 0, 1, 4, "float32", None))
+    with pytest.raises(RowError, match=r"rollout_id=b, start=0: data is null"):
+        StoredLogits([file]).rows("b", 0, 1)
+
+
+def test_the_check_can_be_left_to_whoever_uses_the_rows(tmp_path: Path) -> None:
+    # GIVEN a row without a distribution behind a gap
+    x = values(9)
+    x[7, 2] = np.nan
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", a=values(9))])
+    file = blocks(tmp_path / "bad.parquet", ("a", 0, 9, VOCAB, "float32", x.tobytes()))
+    unchecked = StoredLogits([file])
+    assert bool(unchecked.rows("a", 6, 9, check=False)[1, 2].isnan())
+    # THEN it is named by its position in the response
+    runs = [(0, 2), (6, 9)]
+    with pytest.raises(RowError, match=r"bad.parquet, rollout_id=a: logits at position 7 contain NaN"):
+        unchecked.diagnose("a", unchecked.gather("a", runs), runs)
+    stored.diagnose("a", stored.gather("a", runs), runs)
+
+
+def test_safetensors_that_were_cut_since_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "logits-0.safetensors"
+    save_file({"a": torch.from_numpy(values(70))}, file)
+    stored = StoredLogits([file])
+    file.write_bytes(file.read_bytes()[:-100])
+    assert len(stored.rows("a", 0, 60)) == 60
+    with pytest.raises(BadInput, match="it was cut"):
+        stored.rows("a", 0, 70)
+
+
+def one_large_row_group(file: Path, x: np.ndarray) -> Path:
+    """One position a block, all blocks in one row group of many pages."""
+    columns = {
+        "rollout_id": ["a"] * len(x),
+        "start": range(len(x)),
+        "count": [1] * len(x),
+        "vocab_size": [x.shape[1]] * len(x),
+        "encoding": ["float32"] * len(x),
+        "data": [row.tobytes() for row in x],
+    }
+    table = pa.table({name: pa.array(column, LOGITS_SCHEMA.field(name).type) for name, column in columns.items()})
+    pq.write_table(table, file, use_dictionary=False, write_batch_size=4, data_page_size=1, write_page_checksum=True)
+    return file
+
+
+def test_a_row_group_larger_than_the_cache_is_never_held(tmp_path: Path) -> None:
+    # GIVEN 8 MB in one row group, and a cache of 1 MB
+    x = np.random.default_rng(0).normal(size=(2048, 1024)).astype(np.float32)
+    stored = StoredLogits([one_large_row_group(tmp_path / "l.parquet", x)], cache_bytes=1 << 20)
+    before, most = arrow_bytes(), 0
+    # WHEN it is read forwards, and backwards
+    for start in (*range(0, 2048, 32), 1000, 900, 0):
+        np.testing.assert_array_equal(stored.rows("a", start, start + 32).numpy(), x[start : start + 32])
+        most = max(most, pa.total_allocated_bytes() - before)
+    # THEN what stays in memory fits the cache
+    assert most <= 1 << 20
+
+
+def test_row_groups_that_were_used_last_stay_within_the_cache(tmp_path: Path) -> None:
+    # GIVEN 40 row groups of 64 x 32 floats (8 kB), and room for 10
+    x = values(40 * 64)
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", row_group_bytes=1, a=x)], cache_bytes=90_000)
+    before = arrow_bytes()
+    for block in (*range(40), 3, 20, 3):
+        np.testing.assert_array_equal(
+            stored.rows("a", 64 * block, 64 * block + 5)[:, 1].numpy(), x[64 * block :][:5, 1]
+        )
+        assert pa.total_allocated_bytes() - before <= 90_000
+
+
+def test_several_threads_may_read_at_once(tmp_path: Path) -> None:
+    x = values(20 * 64)
+    stored = StoredLogits([table_of(tmp_path / "l.parquet", row_group_bytes=1, a=x)], cache_bytes=50_000)
+    starts = np.random.default_rng(1).integers(0, 19 * 64, 200).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda start: stored.rows("a", start, start + 64), starts))
+    for start, rows in zip(starts, found, strict=True):
+        np.testing.assert_array_equal(rows.numpy(), x[start : start + 64])
+
+
+def replace_unseen(file: Path) -> None:
+    """Other content of the same size, with the time of the old one."""
+    was = file.stat()
+    file.write_bytes(b"\0" * was.st_size)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "safetensors"])
+def test_a_file_is_indexed_and_hashed_once_until_it_changes(tmp_path: Path, kind: str) -> None:
+    # GIVEN a file that was indexed and hashed
+    file, other = tmp_path / f"logits-0.{kind}", table_of(tmp_path / "l.parquet", b=values(3))
+    table_of(file, a=values(5)) if kind == "parquet" else save_file({"a": torch.from_numpy(values(5))}, file)
+    assert "a" in StoredLogits([file])
+    digest = content_digest([file])
+    # WHEN its content is gone but its size and time are the same
+    replace_unseen(file)
+    # THEN it was not read again, alone or with others
+    assert {"a", "b"} <= set(index_files([file, other]))
+    assert content_digest([file]) == digest
+    # until it is another file by its time
+    os.utime(file)
+    assert content_digest([file]) != digest
+    with pytest.raises(BadInput, match="cannot be read as"):
+        StoredLogits([file])
+
+
+def test_files_indexed_long_ago_are_forgotten(tmp_path: Path) -> None:
+    known = KnownFiles(max_blocks=5)
+    for k in range(4):
+        file = table_of(tmp_path / f"{k}.parquet", a=values(150))
+        known.blocks(Stamp(file, file.stat().st_size, file.stat().st_mtime_ns))
+        assert len(known) == 3
+    assert len(known.blocks(Stamp(table_of(tmp_path / "long.parquet", a=values(640)), 0, 0))) == len(known) == 10
+
+
+def test_a_side_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"logits-0.parquet: cannot be read \(No such file"):
+        StoredLogits([tmp_path / "logits-0.parquet"])
 
 
 def scored(folder: Path, model: Path, **options: Any) -> list[dict[str, Any]]:

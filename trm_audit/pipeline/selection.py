@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from trm_audit.shards.read import Shard, read_batches
 
 WHOLE_FILE = 256 << 20
 PIECES, PIECE = 64, 1 << 16
+KNOWN_FILES = 1 << 14
 
 
 @dataclass
@@ -129,20 +131,26 @@ def content_digest(files: Sequence[Path]) -> str:
     """SHA-256 over the content of some files.
 
     Files above 256 MB (full logits run to terabytes) are told apart by their size, their ends and 64 pieces between,
-    which is what a rewrite changes; damage inside is what page checksums are for.
+    which is what a rewrite changes; damage inside is what page checksums are for. A side file that many shards share
+    is read once, until its size or time changes.
     """
     total = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            if size <= WHOLE_FILE:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
-                continue
-            for i in range(PIECES + 1):
-                handle.seek((size - PIECE) * i // PIECES)
-                total.update(handle.read(PIECE))
-            total.update(str(size).encode())
+        found = file.stat()
+        total.update(_file_digest(file, found.st_size, found.st_mtime_ns))
     return total.hexdigest()
+
+
+@lru_cache(maxsize=KNOWN_FILES)
+def _file_digest(file: Path, size: int, mtime_ns: int) -> bytes:
+    with open(file, "rb") as handle:
+        if size <= WHOLE_FILE:
+            return hashlib.file_digest(handle, "sha256").digest()
+        total = hashlib.sha256(str(size).encode())
+        for i in range(PIECES + 1):
+            handle.seek((size - PIECE) * i // PIECES)
+            total.update(handle.read(PIECE))
+    return total.digest()
 
 
 def shard_fingerprint(run: str, shard: Shard, rows: int) -> str:

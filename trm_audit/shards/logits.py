@@ -1,75 +1,51 @@
-"""Stored full logits: where each rollout's rows lie in the side files, and reading them.
+"""Stored full logits: reading each rollout's rows from the side files beside a shard.
 
-The only module of this folder that needs torch.
+With `logits_index` the only modules of this folder that need torch.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from trm_audit.errors import BadInput, RowError
-from trm_audit.shards import schema
-from trm_audit.shards.read import ARROW_ERRORS, open_parquet, read_batches
+from trm_audit.shards.logits_index import Block, index_files
+from trm_audit.shards.row_groups import RowGroups
 
-ENCODINGS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative rounding error of a stored value."""
-TENSOR_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CACHE_BYTES = 1 << 30
+ARROW_TYPES = {torch.float32: pa.float32(), torch.float16: pa.float16(), torch.bfloat16: pa.uint16()}
+CACHE_BYTES = 512 << 20
 
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive response positions of one rollout in one file.
-
-    Attributes:
-        file: the side file.
-        start, count: positions.
-        vocab_size: V.
-        dtype: of the stored values.
-        row_group, row: where `data` lies in a Parquet file; -1 in safetensors, where the rollout is one tensor.
-    """
-
-    file: Path
-    start: int
-    count: int
-    vocab_size: int
-    dtype: torch.dtype
-    row_group: int = -1
-    row: int = -1
+Runs = Sequence[tuple[int, int]]
+"""Ranges start..stop of response positions, in order: between two turns of a dialogue lie tool tokens."""
+Part = tuple[Block, int, int]
 
 
 class StoredLogits:
-    """All side files of some shards, indexed by rollout; row groups are kept up to `CACHE_BYTES`.
+    """All side files of some shards, indexed by rollout. Its methods may be called from several threads at once.
 
     Args:
         files: `logits-*.parquet` (long tables, schemas/rollout.md) and `logits-*.safetensors`.
+        cache_bytes: row groups are kept up to this size together; what is being read comes on top.
 
     Raises:
         BadInput: a file is damaged, has other columns, or an encoding that is not known.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._blocks: dict[str, list[Block]] = {}
-        self._tensors: dict[Path, safe_open] = {}
-        self._groups: OrderedDict[tuple[Path, int], pa.Array] = OrderedDict()
-        self._files: dict[Path, pq.ParquetFile] = {}
-        for file in files:
-            blocks = _tensor_blocks(file) if file.suffix == ".safetensors" else _table_blocks(file)
-            for rollout_id, block in blocks:
-                self._blocks.setdefault(rollout_id, []).append(block)
-        for blocks_of_one in self._blocks.values():
-            blocks_of_one.sort(key=lambda block: block.start)
+    def __init__(self, files: Sequence[Path], cache_bytes: int = CACHE_BYTES) -> None:
+        self._blocks = index_files(files)
+        self._cache_bytes, self._groups = cache_bytes, RowGroups(cache_bytes)
 
     def __contains__(self, rollout_id: str) -> bool:
         return rollout_id in self._blocks
@@ -89,8 +65,9 @@ class StoredLogits:
                     next_step="Each response position is stored exactly once (schemas/rollout.md, rule 11).",
                 )
             at += block.count
-            wanted = vocab_size if vocab_size is not None else self._blocks[rollout_id][0].vocab_size
-            if block.vocab_size != wanted and not (wider and block.vocab_size > wanted):
+            first = self._blocks[rollout_id][0].vocab_size
+            wanted = first if vocab_size is None or (wider and first > vocab_size) else vocab_size
+            if block.vocab_size != wanted:
                 raise RowError(
                     f"logits have {block.vocab_size} columns, {wanted} are needed ({where})",
                     place=place,
@@ -105,7 +82,7 @@ class StoredLogits:
 
     def num_bytes(self, rollout_id: str) -> int:
         """Stored bytes of one rollout, 0 if there are none."""
-        return sum(b.count * b.vocab_size * b.dtype.itemsize for b in self._blocks.get(rollout_id, ()))
+        return sum(b.count * b.row_bytes for b in self._blocks.get(rollout_id, ()))
 
     def vocab_size(self, rollout_id: str) -> int:
         return self._blocks[rollout_id][0].vocab_size
@@ -114,115 +91,147 @@ class StoredLogits:
         """Largest relative rounding error of this rollout's stored values."""
         return max(STEPS[block.dtype] for block in self._blocks[rollout_id])
 
-    def rows(self, rollout_id: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of one rollout, [stop - start, V] in the stored type.
+    def rows(self, rollout_id: str, start: int, stop: int, *, check: bool = True) -> Tensor:
+        """Rows start..stop of one rollout, [stop - start, V] in the stored type; not to be written to (`gather`).
+
+        Args:
+            rollout_id: one that is in here.
+            start, stop: response positions.
+            check: look at every value (`diagnose`); without it whoever uses the rows has to.
 
         Raises:
             RowError: a value is NaN or +inf, a row is all -inf, or `data` is not count x V values long.
+            BadInput: the file is damaged, or was cut since it was indexed.
         """
-        parts = []
-        for block in self._blocks[rollout_id]:
-            low, high = max(start, block.start), min(stop, block.start + block.count)
-            if low < high:
-                parts.append(self._read(rollout_id, block, low - block.start, high - block.start))
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        peak = logits.amax(1)  # NaN if any is NaN
-        if not bool(peak.isfinite().all()):
-            at = int(peak.isfinite().logical_not().nonzero()[0])
-            what = (
-                "contain NaN" if bool(peak[at].isnan()) else "contain +inf" if peak[at] > 0 else "are -inf throughout"
-            )
-            raise RowError(
-                f"logits at position {start + at} {what}",
-                place=f"{self._blocks[rollout_id][0].file}, rollout_id={rollout_id}",
-                next_step="It has no distribution (schemas/rollout.md, rule 11): store it again, or leave it out.",
-            )
+        logits = self.gather(rollout_id, [(start, stop)])
+        if check:
+            self.diagnose(rollout_id, logits, [(start, stop)])
         return logits
 
-    def _read(self, rollout_id: str, block: Block, low: int, high: int) -> Tensor:
-        if block.row < 0:
-            if block.file not in self._tensors:
-                self._tensors[block.file] = safe_open(str(block.file), framework="pt")
-            view: Any = self._tensors[block.file]
-            rows: Tensor = view.get_slice(rollout_id)[low:high]
-            return rows
-        data = self._group(block.file, block.row_group)[block.row].as_buffer()
+    def gather(self, rollout_id: str, runs: Runs, *, pin: bool = False) -> Tensor:
+        """Rows of some runs one after another, [n, V] in the stored type. No value is checked.
+
+        Not to be written to: where one block of a long table holds them all, they are Arrow's memory and not a copy.
+        Such a view keeps its whole row group alive, so there are none while Arrow holds half as much again as
+        `cache_bytes`.
+
+        Args:
+            rollout_id: one that is in here.
+            runs: response positions.
+            pin: into page-locked memory, from which a GPU copies at full speed (needs one).
+
+        Raises:
+            RowError: `data` is not count x V values long.
+            BadInput: the file is damaged, or was cut since it was indexed.
+        """
+        parts = list(self._parts(rollout_id, runs))
+        if len(parts) == 1 and not pin and pa.total_allocated_bytes() <= 1.5 * self._cache_bytes:
+            view = self._view(rollout_id, parts[0])
+            if view is not None:
+                return view
+        if len({block.dtype for block, _, _ in parts}) == 1:
+            return self._copy(rollout_id, parts, pin=pin)
+        mixed = torch.cat([self._copy(rollout_id, [part], pin=False) for part in parts])  # the widest type holds all
+        return mixed.pin_memory() if pin else mixed
+
+    def gathered_bytes(self, rollout_id: str, runs: Runs) -> int:
+        """Size of what `gather` returns, where a rollout is stored in one encoding."""
+        return sum(stop - start for start, stop in runs) * self._blocks[rollout_id][0].row_bytes
+
+    def read_soon(self, rollout_id: str, runs: Runs, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+        """Begins to read the row groups that some runs need in another thread; `submit` is what an executor has."""
+        for block, _, _ in self._parts(rollout_id, runs):
+            if block.row >= 0:
+                self._groups.read_soon(block.file, block.row_group, submit)
+
+    def diagnose(self, rollout_id: str, logits: Tensor, runs: Runs) -> None:
+        """Raises RowError if one of `logits` [n, V], the rows of `runs`, has no distribution: NaN, +inf, all -inf."""
+        peak = logits.amax(1)  # NaN if any is NaN
+        if bool(peak.isfinite().all()):
+            return
+        at = int(peak.isfinite().logical_not().nonzero()[0])
+        what = "contain NaN" if bool(peak[at].isnan()) else "contain +inf" if peak[at] > 0 else "are -inf throughout"
+        position = [position for start, stop in runs for position in range(start, stop)][at]
+        raise RowError(
+            f"logits at position {position} {what}",
+            place=f"{self._blocks[rollout_id][0].file}, rollout_id={rollout_id}",
+            next_step="It has no distribution (schemas/rollout.md, rule 11): store it again, or leave it out.",
+        )
+
+    def _parts(self, rollout_id: str, runs: Runs) -> Iterator[Part]:
+        """(block, low, high): rows low..high of each block that the runs touch, in order."""
+        blocks = self._blocks[rollout_id]
+        for start, stop in runs:
+            at = max(0, bisect_right(blocks, start, key=lambda block: block.start) - 1)
+            while start < stop:
+                if at == len(blocks) or not blocks[at].start <= start < blocks[at].start + blocks[at].count:
+                    raise RowError(
+                        f"no block of logits holds position {start}",
+                        place=f"{blocks[0].file}, rollout_id={rollout_id}",
+                        next_step="Each response position is stored exactly once (schemas/rollout.md, rule 11).",
+                    )
+                block = blocks[at]
+                high = min(stop, block.start + block.count)
+                yield block, start - block.start, high - block.start
+                start, at = high, at + 1
+
+    def _copy(self, rollout_id: str, parts: Sequence[Part], *, pin: bool) -> Tensor:
+        """Parts of one type one after another. Copied by one thread, without the interpreter's lock."""
+        block = parts[0][0]
+        out = torch.empty(
+            sum(high - low for _, low, high in parts), block.vocab_size, dtype=block.dtype, pin_memory=pin
+        )
+        target, at = out.view(torch.uint8).numpy(), 0
+        for block, low, high in parts:
+            rows = target[at : at + high - low]
+            at += high - low
+            if block.row < 0:
+                _read_tensor(block, low, rows)
+            else:
+                data = np.frombuffer(self._data(rollout_id, block, low, high), np.uint8)
+                np.copyto(rows, data.reshape(rows.shape))
+        return out
+
+    def _view(self, rollout_id: str, part: Part) -> Tensor | None:
+        """A part without a copy, [high - low, V]; None where it cannot be: in safetensors, or unaligned."""
+        block, low, high = part
+        data = self._data(rollout_id, block, low, high) if block.row >= 0 else None
+        if data is None or data.address % block.dtype.itemsize:
+            return None
+        values = pa.Array.from_buffers(ARROW_TYPES[block.dtype], (high - low) * block.vocab_size, [None, data])
+        # DLPack hands the buffer over and keeps it alive; torch.frombuffer would warn that it is read-only
+        view: Tensor = from_dlpack(values).view(block.dtype)
+        return view.reshape(high - low, block.vocab_size)
+
+    def _data(self, rollout_id: str, block: Block, low: int, high: int) -> pa.Buffer:
+        """Bytes of rows low..high of a block of a long table."""
+        place = f"{block.file}, rollout_id={rollout_id}, start={block.start}"
+        data = self._groups.data(block.file, block.row_group, block.row)
         if data is None:
-            raise RowError("data is null", place=f"{block.file}, rollout_id={rollout_id}, start={block.start}")
-        if data.size != block.count * block.vocab_size * block.dtype.itemsize:
+            raise RowError("data is null", place=place)
+        if data.size != block.count * block.row_bytes:
             raise RowError(
                 f"data has {data.size} bytes, {block.count} x {block.vocab_size} values of {block.dtype} are "
-                f"{block.count * block.vocab_size * block.dtype.itemsize}",
-                place=f"{block.file}, rollout_id={rollout_id}, start={block.start}",
+                f"{block.count * block.row_bytes}",
+                place=place,
                 next_step="See the long table in schemas/rollout.md.",
             )
-        row_bytes = block.vocab_size * block.dtype.itemsize
-        part = bytearray(memoryview(data)[low * row_bytes : high * row_bytes])
-        return torch.frombuffer(part, dtype=block.dtype).reshape(high - low, block.vocab_size)
-
-    def _group(self, file: Path, row_group: int) -> pa.Array:
-        key = (file, row_group)
-        if key in self._groups:
-            self._groups.move_to_end(key)
-            return self._groups[key]
-        handle = self._files.setdefault(file, open_parquet(file))
-        try:
-            data = handle.read_row_group(row_group, columns=["data"]).column("data").combine_chunks()
-        except ARROW_ERRORS as error:
-            raise BadInput(f"row group {row_group} is damaged ({error})", place=str(file)) from error
-        self._groups[key] = data
-        while sum(array.nbytes for array in self._groups.values()) > CACHE_BYTES and len(self._groups) > 1:
-            self._groups.popitem(last=False)
-        return data
+        return data.slice(low * block.row_bytes, (high - low) * block.row_bytes)
 
 
-def _tensor_blocks(file: Path) -> Iterator[tuple[str, Block]]:
+def _read_tensor(block: Block, low: int, rows: NDArray[np.uint8]) -> None:
+    """Reads a safetensors file from row `low` of a tensor into `rows` [n, bytes of a row].
+
+    Straight from the file: a slice of the mapped file would be read when it is first used, by whoever waits for it.
+    """
+    left = rows.data.cast("B")
     try:
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                view = tensors.get_slice(name)
-                shape, kind = view.get_shape(), view.get_dtype()
-                if len(shape) != 2 or kind not in TENSOR_TYPES:
-                    raise BadInput(
-                        f"tensor {name!r} is {kind} {shape}, [tokens, vocabulary] in F32, F16 or BF16 is needed",
-                        place=str(file),
-                    )
-                yield name, Block(file, 0, shape[0], shape[1], TENSOR_TYPES[kind])
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"cannot be read as safetensors ({error})", place=str(file)) from error
-
-
-def _table_blocks(file: Path) -> Iterator[tuple[str, Block]]:
-    names = open_parquet(file).schema_arrow.names
-    for missing in (name for name in (*schema.BLOCK_COLUMNS, "data") if name not in names):
-        raise BadInput(
-            f"column {missing!r} is missing", place=str(file), next_step="See schemas/rollout.md, long table."
-        )
-    kind = open_parquet(file).schema_arrow.field("data").type
-    if kind not in schema.BLOCK_DATA:
-        raise BadInput(
-            f"column 'data' is {kind}, large_binary is needed",
-            place=str(file),
-            next_step="See schemas/rollout.md, long table.",
-        )
-    for group in range(open_parquet(file).metadata.num_row_groups):
-        row = 0
-        for batch in read_batches(file, batch_rows=65536, columns=list(schema.BLOCK_COLUMNS), row_groups=[group]):
-            for values in schema.conform(batch, schema.BLOCK_COLUMNS, str(file)).to_pylist():
-                yield values["rollout_id"], _block(file, values, group, row)
-                row += 1
-
-
-def _block(file: Path, values: Mapping[str, object], group: int, row: int) -> Block:
-    place = f"{file}, rollout_id={values['rollout_id']}"
-    encoding = values["encoding"]
-    if encoding not in ENCODINGS:
-        raise BadInput(f"encoding {encoding!r} is not known", place=place, next_step=f"Known: {', '.join(ENCODINGS)}.")
-    start, count, vocab = (values[name] for name in ("start", "count", "vocab_size"))
-    if (
-        not (isinstance(start, int) and isinstance(count, int) and isinstance(vocab, int))
-        or min(count, vocab) < 1
-        or start < 0
-    ):
-        raise BadInput(f"a block of start {start}, count {count}, vocab_size {vocab} is not possible", place=place)
-    return Block(file, start, count, vocab, ENCODINGS[str(encoding)], group, row)
+        with open(block.file, "rb", buffering=0) as handle:
+            handle.seek(block.offset + low * block.row_bytes)
+            while left:
+                count = handle.readinto(left)
+                if not count:
+                    raise BadInput("ends before its tensors do: it was cut", place=str(block.file))
+                left = left[count:]
+    except OSError as error:
+        raise BadInput(f"cannot be read ({error.strerror})", place=str(block.file)) from error

@@ -26,6 +26,8 @@ from trm_audit.shards.write import ParquetSink
 
 LOCK_SECONDS = 60.0
 STREAM_SHARD = "stream.parquet"
+NOT_TOLD_APART = frozenset({"fingerprint", "model", "device_map", "noise_floor"})
+"""What a run says of itself beside its fingerprint: names of what a hash identifies, figures measured on the way."""
 
 
 class OutputFolder:
@@ -36,6 +38,8 @@ class OutputFolder:
         run: what made it, as JSON values; its `fingerprint` tells runs apart.
         overwrite: throw another run's shards away instead of refusing.
         part: (i, n): this process writes the i-th of n parts of the shards; parts may run at the same time.
+        joins: another process of the same run has opened the folder and keeps it locked; this one publishes shards into
+            it, and `run` does not matter.
 
     Raises:
         BadInput: the folder holds another run's output or something that is not ours.
@@ -43,13 +47,22 @@ class OutputFolder:
     """
 
     def __init__(
-        self, path: Path, run: Mapping[str, object], *, overwrite: bool = False, part: tuple[int, int] = (1, 1)
+        self,
+        path: Path,
+        run: Mapping[str, object],
+        *,
+        overwrite: bool = False,
+        part: tuple[int, int] = (1, 1),
+        joins: bool = False,
     ) -> None:
         self.path, self.run, self._locks = path, dict(run), ExitStack()
         self.data, self._tmp = path / "data", path / ".tmp"
         self._part, self._overwrite = part, overwrite
         try:
-            self._open()
+            if not joins:
+                self._open()
+            self._manifest = {str(line["name"]): line for line in read_lines(self.path / "manifest.jsonl")}
+            self._skipped = {json.dumps(line, sort_keys=True) for line in read_lines(self.path / "skipped.jsonl")}
         except BaseException:
             self._locks.close()
             raise
@@ -74,8 +87,6 @@ class OutputFolder:
         with self._folder_lock():
             self._lock_part()
             self._check_run()
-        self._manifest = {str(line["name"]): line for line in read_lines(self.path / "manifest.jsonl")}
-        self._skipped = {json.dumps(line, sort_keys=True) for line in read_lines(self.path / "skipped.jsonl")}
 
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
@@ -122,7 +133,7 @@ class OutputFolder:
                 )
             if not self._overwrite and any(self.data.iterdir()):
                 raise BadInput(
-                    f"was made with {_difference(found, self.run)} (fingerprint {str(found.get('fingerprint'))[:8]}, "
+                    f"was made with {difference(found, self.run)} (fingerprint {str(found.get('fingerprint'))[:8]}, "
                     f"this run {str(self.run['fingerprint'])[:8]})",
                     place=str(self.path),
                     next_step="Use --overwrite to make it again, or another -o.",
@@ -177,6 +188,10 @@ class OutputFolder:
                 with suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
                     sink.abandon()
                 temporary.unlink(missing_ok=True)
+
+    def clear_away(self, name: str) -> None:
+        """Removes what a process that was killed left of a shard in flight."""
+        (self._tmp / name).unlink(missing_ok=True)
 
     def stream_shard(self, metadata: Mapping[bytes, bytes]) -> AbstractContextManager[ParquetSink]:
         """A sink for what came as a stream: one shard, `STREAM_SHARD`. It cannot be resumed, so an old one is refused.
@@ -300,9 +315,18 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _difference(found: Mapping[str, object], run: Mapping[str, object]) -> str:
+def told_apart(run: Mapping[str, object]) -> dict[str, object]:
+    """The settings that tell a run from another. Of the way prefixes are shared, only which way it is."""
+    out = {name: value for name, value in run.items() if name not in NOT_TOLD_APART}
+    if isinstance(sharing := out.get("sharing"), Mapping):
+        out["sharing"] = sharing["rung"]
+    return out
+
+
+def difference(found: Mapping[str, object], run: Mapping[str, object]) -> str:
     """What two runs differ in, for a message: the first key whose values differ."""
-    for key in sorted({*found, *run} - {"fingerprint"}):
-        if found.get(key) != run.get(key):
+    old, new = told_apart(found), told_apart(run)
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
             return f"another {key}"
     return "other settings"
