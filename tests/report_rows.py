@@ -47,6 +47,32 @@ def score_batch(rows: Sequence[Row], without: Sequence[str] = ()) -> pa.RecordBa
     return pa.RecordBatch.from_pydict({name: _array(name, values) for name, values in kept.items()})
 
 
+def run_with_floor(**given: Any) -> dict[str, Any]:
+    """What the footer of a bfloat16 run says; `kl_max` and the like change figures against float32, others the run."""
+    floor = {
+        "num_rollouts": 8,
+        "num_tokens": 1290,
+        "composition": noise_of(abs_mean=0.004, abs_p99=0.02, abs_max=0.06, kl_mean=1e-4, kl_p99=8e-4, kl_max=2e-3),
+        "float32": noise_of(**{name: value for name, value in given.items() if name in NOISE}),
+    }
+    floor |= {name: value for name, value in given.items() if name in floor}
+    run = {"model": "a/b", "model_hash": "5c1e", "dtype": "bfloat16", "head_dtype": "bfloat16", "device": "cuda"}
+    run |= {"sharing": {"rung": "tree", "check": 1.1e-6, "refused": {}}, "noise_floor": floor}
+    return run | {name: value for name, value in given.items() if name not in NOISE and name not in floor}
+
+
+NOISE = {"abs_mean": 0.01, "abs_p99": 0.07, "abs_max": 0.2, "kl_mean": 1.2e-3, "kl_p99": 9e-3, "kl_max": 0.03}
+
+
+def noise_of(**given: float) -> dict[str, dict[str, float]]:
+    """One comparison of a noise floor; figures that are not given are those of `NOISE`."""
+    figures = NOISE | given
+    return {
+        name: {figure: figures[f"{short}_{figure}"] for figure in ("mean", "p99", "max")}
+        for name, short in (("abs_delta_logprob", "abs"), ("kl", "kl"))
+    }
+
+
 def random_rows(rng: np.random.Generator, count: int, grade: str = "exact", groups: int = 5) -> list[Row]:
     """Rows of one grade with plausible divergences, masks with holes, rewards, versions; some without policy tokens."""
     return [_random_row(rng, i, grade, groups) for i in range(count)]

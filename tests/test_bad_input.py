@@ -38,7 +38,7 @@ def messages(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
         assert outcome.code == 3, (case["path"], outcome.err)
         assert case["row"] is None or not list((out / case["path"]).rglob("*.parquet"))
         assert case["kind"] == "rollouts" or not (out / case["path"]).exists()
-        found[case["path"]] = outcome.err
+        found[case["path"]] = outcome.err[outcome.err.index("Error: ") :]  # before it: how sequences are scored
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from jsonschema import Draft202012Validator
-from report_rows import random_rows, score_batch
+from report_rows import random_rows, run_with_floor, score_batch
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
+from trm_audit.report import noise
 from trm_audit.report import summary as tree
 from trm_audit.report.builder import SummaryBuilder
 
@@ -23,7 +25,7 @@ SCHEMA = json.loads((Path(__file__).parents[1] / "schemas" / "report.schema.json
 VALIDATOR = Draft202012Validator(SCHEMA)
 
 
-def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool = True) -> dict[str, Any]:
+def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool = True, **given: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     rows = [row for grade in grades for row in random_rows(rng, 20, grade)]
     if "kl" in (rows[0] if rows else {}):
@@ -33,7 +35,7 @@ def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool 
     builder = SummaryBuilder(thresholds)
     batch = score_batch(rows, without) if rows else pa.RecordBatch.from_pydict({})
     builder.add(batch.append_column("keep", pa.array(np.arange(len(rows)) % 2 == 0)) if rows and decide else batch)
-    loaded: dict[str, Any] = json.loads(builder.finish().to_json())
+    loaded: dict[str, Any] = json.loads(builder.finish(**given).to_json())
     return loaded
 
 
@@ -44,6 +46,10 @@ CASES = {
     "no groups, no rewards": report(("exact",), ("group_id", "reward", "engine", "policy_version")),
     "no per-token lists": report(("interval",), ("log_ratio", "kl_upper", "tv_upper", "kl_lower", "tv_lower")),
     "nothing": report(()),
+    "below the noise floor": report(("sampled",), runs=[run_with_floor()], limits=[("seq_max_k2", 0.0)]),
+    "an infinite noise floor": report(("sampled",), runs=[run_with_floor(kl_max=math.inf)], limits=[("seq_max_kl", 1)]),
+    "noise in one comparison": report(("exact",), runs=[run_with_floor(composition=None)]),
+    "noise not measured": report(("exact",), runs=[{"dtype": "bfloat16", "noise_floor": None}]),
 }
 
 
@@ -68,6 +74,7 @@ def test_every_report_fits_the_schema(case: str) -> None:
         (("bounds", "all", "sampled", "bounds", "mixed_bound"), {"published": 1.0, "sharp": 0.5}),
         (("bounds", "all", "exact", "vacuous"), "yes"),
         (("importance", "mean_ratio"), "nan"),
+        (("noise_floor",), {"float32": None}),
     ],
 )
 def test_what_no_report_contains_is_refused(path: tuple[str, ...], value: object) -> None:
@@ -79,6 +86,17 @@ def test_what_no_report_contains_is_refused(path: tuple[str, ...], value: object
     assert not VALIDATOR.is_valid(changed)
 
 
+@pytest.mark.parametrize(("path", "value"), [(("below", 0, "against"), "a guess"), (("float32", "kl", "max"), None)])
+def test_what_no_noise_floor_contains_is_refused(path: tuple[Any, ...], value: object) -> None:
+    changed = copy.deepcopy(CASES["below the noise floor"])
+    *parts, last = path
+    inner = changed["noise_floor"]
+    for key in parts:
+        inner = inner[key]
+    inner[last] = value
+    assert not VALIDATOR.is_valid(changed)
+
+
 def test_a_missing_key_is_refused() -> None:
     for key in CASES["every grade"]:
         assert not VALIDATOR.is_valid({k: v for k, v in CASES["every grade"].items() if k != key})
@@ -86,6 +104,10 @@ def test_a_missing_key_is_refused() -> None:
 
 DEFINITIONS = {
     "thresholds": tree.Thresholds,
+    "noise_floor": noise.NoiseFloor,
+    "noise": noise.Noise,
+    "noise_spread": noise.NoiseSpread,
+    "below_floor": noise.BelowFloor,
     "counts": tree.Counts,
     "quantiles": tree.Quantiles,
     "curve": tree.Curve,

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from trm_audit.engine.checkpoint import find_checkpoint
+from trm_audit.engine.footing import Comparison, comparison
 from trm_audit.engine.model import TrainerModel
-from trm_audit.engine.scorer import Comparison, Scorer, comparison, score_stored
+from trm_audit.engine.scorer import Scorer
+from trm_audit.engine.stored import score_stored
 from trm_audit.errors import BadInput
 from trm_audit.rollout import DIVERGENCES, TOKEN_SCORES, RolloutBatch, Sampling, TokenScores
 from trm_audit.shards.logits import StoredLogits

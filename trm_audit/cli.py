@@ -31,6 +31,7 @@ from trm_audit.flags import (
     Percentage,
     columns_flag,
     criteria_flags,
+    model_flags,
 )
 
 if TYPE_CHECKING:
@@ -75,30 +76,7 @@ def cli() -> None:
     show_default=True,
     help="Score with --model, or take the trainer's own values from the column trainer_logprobs.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i].")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
-)
-@click.option(
-    "--head-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the head; auto is that of --dtype.",
-)
-@click.option(
-    "--vocab-size", type=click.IntRange(1), help="Cut both sides to the first N tokens (padded vocabularies)."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(1), help="Padded tokens of one forward [default: 4096 CPU, 16384 GPU]."
-)
-@click.option(
-    "--head-rows", type=click.IntRange(1), default=128, show_default=True, help="Positions whose logits exist at once."
-)
+@model_flags
 @click.option("--temperature", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
 @click.option("--top-p", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
 @click.option("--top-k", type=int, default=-1, help="Of rows that do not state theirs [default: off].")
@@ -145,10 +123,11 @@ def score(
     )
     if dry_run:
         found = estimate(inputs, options)
+        of_all = f" of {found.devices:,} devices (one was measured)" if found.devices > 1 else ""
         click.echo(
             f"{found.rows:,} rollouts in {found.shards:,} shards, {found.num_tokens:,} response tokens, "
             f"{found.logits_bytes / 1e9:.2f} GB of stored logits: about {duration(found.seconds)} "
-            f"at {found.tokens_per_second:,.0f} tokens/s"
+            f"at {found.tokens_per_second:,.0f} tokens/s{of_all}"
         )
         return
     if output is None:

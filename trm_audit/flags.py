@@ -26,6 +26,27 @@ class Percentage(click.ParamType):  # type: ignore[type-arg]  # generic in recen
         return share
 
 
+class ShareOrNone(Percentage):
+    """A share, or 0."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return 0.0 if str(value).removesuffix("%") == "0" else super().convert(value, param, ctx)
+
+
+class Devices(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
+    """`0,1`: GPUs by number, or any devices by name."""
+
+    name = "i,j,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in str(value).split(",")]
+        if not all(name.isdigit() or name.partition(":")[0] in ("cpu", "cuda") for name in names):
+            self.fail(f"{value!r} is not a list of GPUs like 0,1", param, ctx)
+        return tuple(f"cuda:{name}" if name.isdigit() else name for name in names)
+
+
 class Part(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases only
     """`i/n`: the i-th of n parts."""
 
@@ -89,6 +110,77 @@ def criteria_flags(command: F) -> F:
             ),
         ]
     ):
+        command = option(command)
+    return command
+
+
+TYPES = ["auto", "float32", "bfloat16", "float16"]
+MODEL_FLAGS = (
+    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
+    click.option(
+        "--devices",
+        type=Devices(),
+        default=(),
+        help="Score shards side by side, a process for each GPU: 0,1 (or cpu,cpu).",
+    ),
+    click.option(
+        "--device-map",
+        type=click.Choice(["auto"]),
+        help="auto spreads a model that is larger than a GPU over all of them (needs accelerate).",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(TYPES),
+        default="auto",
+        show_default=True,
+        help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
+    ),
+    click.option(
+        "--head-dtype",
+        type=click.Choice(TYPES),
+        default="auto",
+        show_default=True,
+        help="Precision of the head; auto is that of --dtype.",
+    ),
+    click.option(
+        "--vocab-size",
+        type=click.IntRange(1),
+        help="Cut both sides to the first N tokens (padded vocabularies).",
+    ),
+    click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one forward [default: 4096 CPU, 16384 GPU]."),
+    click.option(
+        "--head-rows",
+        type=click.IntRange(1),
+        default=128,
+        show_default=True,
+        help="Positions whose logits exist at once.",
+    ),
+    click.option(
+        "--sharing",
+        type=click.Choice(["auto", "tree", "fork", "packed", "padded"]),
+        default="auto",
+        show_default=True,
+        help="How prefixes common to several rollouts are scored once; "
+        "auto takes the best way that a check at the start finds exact.",
+    ),
+    click.option(
+        "--batch-invariant",
+        is_flag=True,
+        help="Constant shapes: scores do not depend, to the bit, on who shared a batch with whom "
+        "(slower; implies --sharing padded).",
+    ),
+    click.option("--compile", is_flag=True, help="torch.compile of the decoder layers (pays in long runs)."),
+    click.option(
+        "--noise-floor",
+        type=ShareOrNone(),
+        help="Measure the precision's noise on a share of the rollouts, as 1%; 0 for none [default: on a few].",
+    ),
+)
+
+
+def model_flags(command: F) -> F:
+    """The flags of score that say where and how the model runs."""
+    for option in reversed(MODEL_FLAGS):
         command = option(command)
     return command
 

@@ -13,6 +13,7 @@ from trm_audit.pipeline.rollouts import RolloutLoop
 from trm_audit.pipeline.score import chosen_shards
 from trm_audit.pipeline.selection import Selection, select
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
+from trm_audit.pipeline.worker import settle
 from trm_audit.shards.read import Shard, find_shards
 
 DRY_RUN_ROWS = 8
@@ -25,13 +26,15 @@ class DryRun:
     Attributes:
         shards, rows, num_tokens: of the run (tokens of responses, by the footers).
         logits_bytes: of side files that would be read.
-        tokens_per_second: measured on `DRY_RUN_ROWS` rows; seconds: for all.
+        devices: that would score side by side.
+        tokens_per_second: of all devices, by the speed of one on `DRY_RUN_ROWS` rows; seconds: for all tokens.
     """
 
     shards: int
     rows: int
     num_tokens: int
     logits_bytes: int
+    devices: int
     tokens_per_second: float
     seconds: float
 
@@ -42,6 +45,7 @@ def dry_run(inputs: Sequence[str], options: ScoreOptions) -> DryRun:
     Raises:
         AuditError: as `score` would.
     """
+    options.check()
     found = find_shards(inputs, "rollouts", options.columns)
     if found.bad:
         raise found.bad[0]
@@ -51,18 +55,28 @@ def dry_run(inputs: Sequence[str], options: ScoreOptions) -> DryRun:
     part, parts = options.part
     shards = chosen_shards(found.shards, selection, options)[part - 1 :: parts]
     num_tokens = sum(shard.num_tokens * selection.rows[shard.name] // max(shard.num_rows, 1) for shard in shards)
-    trainer = Trainer(options)
-    speeds = (_speed(shard, trainer, selection) for shard in shards)
-    speed = next((one for one in speeds if one > 0), float("inf"))
+    devices = max(1, min(len(options.devices), len(shards)))
+    speed = devices * _speed_of_one(shards, options, devices, selection)
     files = {file for shard in shards for file in shard.logits}
     return DryRun(
         shards=len(shards),
         rows=sum(selection.rows[shard.name] for shard in shards),
         num_tokens=num_tokens,
         logits_bytes=sum(file.stat().st_size for file in files),
+        devices=devices,
         tokens_per_second=speed,
         seconds=num_tokens / speed,
     )
+
+
+def _speed_of_one(shards: Sequence[Shard], options: ScoreOptions, devices: int, selection: Selection) -> float:
+    """Tokens per second of one of the devices, with its share of the cores; inf without tokens."""
+    alone = options.on_one_device()
+    if devices > 1:
+        settle(alone, devices)
+    trainer = Trainer(alone)
+    speeds = (_speed(shard, trainer, selection) for shard in shards)
+    return next((one for one in speeds if one > 0), float("inf"))
 
 
 class _Nowhere:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from trm_audit import __version__
+from trm_audit.criteria.limits import limits
 from trm_audit.criteria.thresholds import Criteria, describe, resolve
 from trm_audit.criteria.verdicts import causes
 from trm_audit.errors import BadInput, UsageError
@@ -21,8 +22,9 @@ from trm_audit.pipeline.advantages import Baselines, whole_groups
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.score_shards import DECIDING, find_score_shards, grades_of, judge
 from trm_audit.pipeline.selection import content_digest, digest
+from trm_audit.report.noise import noise_floor
 from trm_audit.shards import schema
-from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
+from trm_audit.shards.publish import STREAM_SHARD, OutputFolder, told_apart
 from trm_audit.shards.read import Shard, StreamSource, open_stream, read_batches, rows_at_once
 from trm_audit.shards.training import training_columns
 from trm_audit.shards.write import Sink, StreamSink, head
@@ -100,7 +102,7 @@ def filter_scores(
         output: a folder, or a binary file for an Arrow stream.
         options: settings.
         source: where `-` is read from.
-        progress: who watches; is told which divergence decides.
+        progress: who watches; is told which divergence decides, and which threshold lies below the noise of the scores.
 
     Raises:
         AuditError: see `errors`; what was published before stays.
@@ -116,11 +118,10 @@ def filter_scores(
         watch.note(f"{path} is passed over: {reason}")
     overview = _overview(found.shards)
     criteria = resolve(options.criteria, overview.grades)
-    for line in describe(criteria, overview.grades):
-        watch.note(line)
+    runs = [shard.json(schema.RUN) for shard in found.shards]
+    _say(criteria, overview.grades, runs, watch)
     job = _Job(criteria, options, overview.baselines if options.advantage == "auto" else None)
     result = FilterResult(criteria=criteria)
-    runs = [shard.json(schema.RUN) for shard in found.shards]
     if isinstance(output, str):
         _to_folder(found.shards, Path(output), job, runs[0], result, watch)
     else:
@@ -131,6 +132,15 @@ def filter_scores(
         result.shards = len(found.shards)
         sink.close(result.counts())
     return result
+
+
+def _say(criteria: Criteria, grades: set[str], runs: Iterable[Mapping[str, object]], watch: Progress) -> None:
+    """What decides, and which thresholds reject by the rounding of the scores."""
+    floor = noise_floor(runs, limits(criteria, grades))
+    for line in describe(criteria, grades):
+        watch.note(line)
+    for below in floor.below if floor is not None else ():
+        watch.note(f"Warning: {below.sentence}")
 
 
 @dataclass
@@ -182,7 +192,7 @@ def _to_folder(
 ) -> None:
     fingerprints = [_fingerprint(shard) for shard in shards]
     run = {"kind": "training", "score_run": dict(score_run), "input": digest(fingerprints), **job.settings()}
-    run["fingerprint"] = digest(run)
+    run["fingerprint"] = _identity(run)
     with OutputFolder(output, run, overwrite=job.options.overwrite) as folder:
         watch.start(sum(shard.num_tokens for shard in shards))
         for shard, content in zip(shards, fingerprints, strict=True):
@@ -195,13 +205,19 @@ def _to_folder(
                 result.done += 1
                 watch.advance(shard.num_tokens)
                 continue
-            with folder.shard(shard.name, job.head(score_run, fingerprint)) as sink:
+            with folder.shard(shard.name, job.head(shard.json(schema.RUN), fingerprint)) as sink:
                 job.shard(shard, sink, own, watch)
                 sink.close(own.counts())
             result.add(own.counts())
             result.shards += 1
         names = [shard.name for shard in shards]
         folder.finish(names, {"fingerprint": run["fingerprint"], **result.counts()})
+
+
+def _identity(settings: Mapping[str, object]) -> str:
+    score_run = settings["score_run"]
+    assert isinstance(score_run, dict)
+    return digest({**settings, "score_run": told_apart(score_run)})
 
 
 def _fingerprint(shard: Shard) -> str:
@@ -216,11 +232,10 @@ def _filter_stream(
     batches = whole_groups(iter(stream)) if fill else iter(stream)
     held, grades = _until_a_grade(batches)
     criteria = resolve(options.criteria, grades)
-    for line in describe(criteria, grades):
-        watch.note(line)
+    run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
+    _say(criteria, grades, [run], watch)
     job = _Job(criteria, options, None)
     result = FilterResult(criteria=criteria, shards=1)
-    run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
     watch.start(0)
 
     def judge(sink: Sink) -> None:
@@ -234,7 +249,7 @@ def _filter_stream(
 
     if isinstance(output, str):
         settings = {"kind": "training", "score_run": run, "input": "stream", **job.settings()}
-        settings["fingerprint"] = digest(settings)
+        settings["fingerprint"] = _identity(settings)
         with OutputFolder(Path(output), settings, overwrite=options.overwrite) as folder:
             with folder.stream_shard(job.head(run, str(settings["fingerprint"]))) as sink:
                 judge(sink)

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from trm_audit.criteria.limits import limits
 from trm_audit.criteria.thresholds import Criteria, describe, resolve
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.pipeline.progress import Progress, Silent
@@ -63,13 +64,15 @@ def summarize(
         stream = open_stream(source, "scores", "training")
         reading = _Reading(stream.metadata, options, None)
         reading.add(stream, watch)
-        return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))])
+        run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
+        return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))], [run])
     shards = _find(inputs, options, watch)
     reading = _Reading(shards[0].metadata, options, grades_in(shards))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
         reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)), watch)
-    return reading.finish([shard.json(schema.COUNTS) for shard in shards])
+    footers = ([shard.json(key) for shard in shards] for key in (schema.COUNTS, schema.RUN))
+    return reading.finish(*footers)
 
 
 def _find(inputs: Sequence[str], options: ReportOptions, watch: Progress) -> list[Shard]:
@@ -101,7 +104,6 @@ class _Reading:
 
     def __init__(self, metadata: Mapping[bytes, bytes], options: ReportOptions, grades: set[str] | None) -> None:
         self._options, self._grades = options, grades
-        self._run = json.loads(metadata.get(schema.RUN, b"null"))
         self._judged = metadata.get(schema.KIND) == b"training"
         self._criteria = options.criteria
         if self._judged and options.criteria is not None:
@@ -140,8 +142,8 @@ class _Reading:
         own = own.append_column("keep", pa.array(verdicts.keep))
         return own.append_column("reason", pa.array(verdicts.reason, pa.string()))
 
-    def finish(self, counts: Sequence[Mapping[str, object]]) -> AuditSummary:
-        """The summary; counts are those of the footers or the trailer."""
+    def finish(self, counts: Sequence[Mapping[str, object]], runs: Sequence[Mapping[str, object]]) -> AuditSummary:
+        """The summary; counts are those of the footers or the trailer, runs what made the scores."""
         total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
         num_dropped = max(0, total - self._builder.counts["n_total"])
         for each in counts if num_dropped else ():
@@ -152,5 +154,6 @@ class _Reading:
             reward_range=self._options.reward_range,
             num_skipped=skipped,
             num_dropped=num_dropped,
-            run=self._run,
+            runs=[run for run in runs if run],
+            limits=limits(self._criteria, self._grades or ()) if self._criteria else (),
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trm_audit.shards.logits import StoredLogits
 
 BATCH_BYTES = 16 << 20  # columns of one batch; their scores take about ten times as much
-WINDOW_BYTES = 512 << 20  # stored logits of one window
+WINDOW_BYTES = 256 << 20  # stored logits of one window: they fit the cache of row groups, with those cut at its ends
 
 
 class RolloutLoop:
@@ -99,7 +99,7 @@ class RolloutLoop:
     def _batch(
         self, batch: pa.RecordBatch, place: str, numbers: Ints, rules: RowRules, logits: StoredLogits | None
     ) -> None:
-        for window in _windows(batch, logits):
+        for window in _windows(batch, logits, together=self._trainer.shares):
             rows = batch.slice(window.start, len(window))
             rollouts, errors = read_rows(rows, place, numbers[window.start : window.stop], rules)
             self._skip(errors)
@@ -154,15 +154,29 @@ def stored_logits(files: Sequence[Path]) -> StoredLogits | None:
     return StoredLogits(files)
 
 
-def _windows(batch: pa.RecordBatch, logits: StoredLogits | None) -> Iterator[range]:
-    """Consecutive rows whose stored logits fit in memory together, so that a file of them is read once, in order."""
+def _windows(batch: pa.RecordBatch, logits: StoredLogits | None, *, together: bool) -> Iterator[range]:
+    """Consecutive rows whose stored logits fit in memory together, so that a file of them is read once, in order.
+
+    Args:
+        together: rows with a common prompt are not parted, however large: what they share is then computed once, and
+            they are compared in the order in which they are stored.
+    """
     start, size = 0, 0
     for row, name in enumerate(batch.column("rollout_id").to_pylist() if logits is not None else ()):
         assert logits is not None
         own = logits.num_bytes(str(name))
-        if size and size + own > WINDOW_BYTES:
+        if size and size + own > WINDOW_BYTES and not (together and _continues(batch, row)):
             yield range(start, row)
             start, size = row, 0
         size += own
     if start < batch.num_rows or batch.num_rows == 0:
         yield range(start, batch.num_rows)
+
+
+def _continues(batch: pa.RecordBatch, row: int) -> bool:
+    """Whether a row's prompt has at least half of the prompt before it in common with that."""
+    before, prompt = (batch.column("prompt_ids")[at].as_py() for at in (row - 1, row))
+    if not before or not prompt:
+        return False
+    half = (len(before) + 1) // 2
+    return bool(prompt[:half] == before[:half])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from trm_audit.errors import BadInput, UsageError
+from trm_audit.pipeline.devices import Scorers, scorers
+from trm_audit.pipeline.noise import measure_stream_noise
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.rollouts import RolloutLoop
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
+from trm_audit.pipeline.worker import Job, Task, load
 from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
 from trm_audit.shards.read import Shard, StreamSource, find_shards, open_stream
 from trm_audit.shards.write import Sink, StreamSink, head
@@ -77,27 +81,39 @@ def score(
     Raises:
         AuditError: see `errors`; what was published before stays.
     """
+    options.check()
     watch = progress or Silent()
     result = ScoreResult()
+    if len(options.devices) > 1 and (list(inputs) == ["-"] or not isinstance(output, str)):
+        raise UsageError(
+            "--devices share out whole shards, of which a stream has none",
+            next_step="Name one device, or read and write folders.",
+        )
     if list(inputs) == ["-"]:
         if source is None:
             raise UsageError("no stream was given to read - from")
-        _score_stream(open_stream(source, "rollouts"), output, Trainer(options), result, watch)
+        _score_stream(open_stream(source, "rollouts"), output, options, result, watch)
         return result
     found = find_shards(inputs, "rollouts", options.columns)
     selection = select(found.shards, options.columns, options.sample, options.limit)
     bad = [*found.bad, *selection.bad]
     _report_found(found.passed_over, bad, options, result, watch)
-    shards = chosen_shards(found.shards, selection, options)
-    trainer = Trainer(options)
-    if isinstance(output, str):
-        with OutputFolder(Path(output), trainer.run(), overwrite=options.overwrite, part=options.part) as folder:
+    job = Job(options, chosen_shards(found.shards, selection, options), selection)
+    if not isinstance(output, str):
+        _score_to_stream(job, output, result, watch)
+        return result
+    with scorers(job, Path(output), watch) as team:
+        _tell(team.remarks, watch)
+        with OutputFolder(Path(output), team.run, overwrite=options.overwrite, part=options.part) as folder:
             for error in bad:
                 folder.skip(error)
-            _score_folder(shards, folder, trainer, selection, result, watch)
-    else:
-        _score_to_stream(shards, output, trainer, selection, result, watch)
+            _score_folder(job, folder, team, result, watch)
     return result
+
+
+def _tell(remarks: Sequence[str], watch: Progress) -> None:
+    for sentence in remarks:
+        watch.note(sentence)
 
 
 def chosen_shards(shards: Sequence[Shard], selection: Selection, options: ScoreOptions) -> list[Shard]:
@@ -121,49 +137,39 @@ def _report_found(
         result.bad_shards += 1
 
 
-def _score_folder(
-    shards: Sequence[Shard],
-    folder: OutputFolder,
-    trainer: Trainer,
-    selection: Selection,
-    result: ScoreResult,
-    watch: Progress,
-) -> None:
-    part, parts = trainer.options.part
-    folder.begin([shard.name for shard in shards])
-    mine = [shard for k, shard in enumerate(shards) if k % parts == part - 1]
-    pending = []
-    for shard in mine:
-        fingerprint = shard_fingerprint(str(folder.run["fingerprint"]), shard, selection.rows[shard.name])
+def _score_folder(job: Job, folder: OutputFolder, team: Scorers, result: ScoreResult, watch: Progress) -> None:
+    folder.begin([shard.name for shard in job.shards])
+    tasks = _tasks(job, folder, result)
+    watch.start(sum(task.shard.num_tokens for task in tasks))
+    began = time.monotonic()
+    bad = set()
+    with closing(team.score(tasks, folder)) as finished:
+        for scored in finished:
+            if scored.error is not None:
+                folder.skip(scored.error, scored.name)
+                watch.note(f"left out: {scored.error}")
+                bad.add(scored.name)
+                continue
+            result.shards += 1
+            result.add(scored.counts)
+    result.seconds = time.monotonic() - began
+    result.bad_shards += len(bad)
+    names = [shard.name for shard in job.shards if shard.name not in bad]
+    result.complete = folder.finish(names, {"fingerprint": folder.run["fingerprint"]})
+
+
+def _tasks(job: Job, folder: OutputFolder, result: ScoreResult) -> list[Task]:
+    """The shards of this part that are not there yet; counts those that are."""
+    part, parts = job.options.part
+    out = []
+    for shard in job.shards[part - 1 :: parts]:
+        fingerprint = shard_fingerprint(str(folder.run["fingerprint"]), shard, job.selection.rows[shard.name])
         if folder.is_done(shard.name, fingerprint):
             result.done += 1
             result.num_skipped += _skipped(folder, shard.name)
         else:
-            pending.append((shard, fingerprint))
-    watch.start(sum(shard.num_tokens for shard, _ in pending))
-    began = time.monotonic()
-    bad = set()
-    rebuilds = any(shard.logits for shard in shards)
-    for shard, fingerprint in pending:
-        metadata = head("scores", fingerprint=fingerprint, run=folder.run)
-        try:
-            with folder.shard(shard.name, metadata) as sink:
-                loop = RolloutLoop(trainer, selection, sink, watch, folder, rebuilds)
-                loop.shard(shard)
-                sink.close(loop.counts.to_json())
-        except BadInput as error:
-            if not trainer.options.skip_bad:
-                raise
-            folder.skip(error, shard.name)
-            watch.note(f"left out: {error}")
-            bad.add(shard.name)
-            continue
-        result.shards += 1
-        result.add(loop.counts.to_json())
-    result.seconds = time.monotonic() - began
-    result.bad_shards += len(bad)
-    names = [shard.name for shard in shards if shard.name not in bad]
-    result.complete = folder.finish(names, {"fingerprint": folder.run["fingerprint"]})
+            out.append(Task(shard, head("scores", fingerprint=fingerprint, run=folder.run)))
+    return out
 
 
 def _skipped(folder: OutputFolder, name: str) -> int:
@@ -171,25 +177,21 @@ def _skipped(folder: OutputFolder, name: str) -> int:
     return int(counts["num_skipped"]) if isinstance(counts, dict) else 0
 
 
-def _score_to_stream(
-    shards: Sequence[Shard],
-    output: BinaryIO,
-    trainer: Trainer,
-    selection: Selection,
-    result: ScoreResult,
-    watch: Progress,
-) -> None:
-    watch.start(sum(shard.num_tokens for shard in shards))
+def _score_to_stream(job: Job, output: BinaryIO, result: ScoreResult, watch: Progress) -> None:
+    trainer = load(replace(job, options=job.options.on_one_device()))
+    run = trainer.run()
+    _tell(trainer.remarks, watch)
+    watch.start(sum(shard.num_tokens for shard in job.shards))
     began = time.monotonic()
-    sink = StreamSink(output, head("scores", fingerprint=str(trainer.run()["fingerprint"]), run=trainer.run()))
-    loop = RolloutLoop(trainer, selection, sink, watch, rebuilds=any(shard.logits for shard in shards))
-    part, parts = trainer.options.part
-    for shard in shards[part - 1 :: parts]:
+    sink = StreamSink(output, head("scores", fingerprint=str(run["fingerprint"]), run=run))
+    loop = RolloutLoop(trainer, job.selection, sink, watch, rebuilds=any(shard.logits for shard in job.shards))
+    part, parts = job.options.part
+    for shard in job.shards[part - 1 :: parts]:
         try:
             loop.shard(shard)
             result.shards += 1
         except BadInput as error:
-            if not trainer.options.skip_bad:
+            if not job.options.skip_bad:
                 raise
             watch.note(f"left out: {error}")
             result.bad_shards += 1
@@ -199,25 +201,29 @@ def _score_to_stream(
 
 
 def _score_stream(
-    stream: StreamSource, output: str | BinaryIO, trainer: Trainer, result: ScoreResult, watch: Progress
+    stream: StreamSource, output: str | BinaryIO, options: ScoreOptions, result: ScoreResult, watch: Progress
 ) -> None:
-    if trainer.options.limit is not None or trainer.options.sample < 1 or trainer.options.part != (1, 1):
+    if options.limit is not None or options.sample < 1 or options.part != (1, 1):
         raise UsageError("--limit, --sample and --part need files, not a stream")
+    trainer = Trainer(options.on_one_device())
+    batches = measure_stream_noise(trainer, iter(stream))
+    run = trainer.run()
+    _tell(trainer.remarks, watch)
     began = time.monotonic()
     watch.start(0)
-    metadata = head("scores", fingerprint=str(trainer.run()["fingerprint"]), run=trainer.run())
+    metadata = head("scores", fingerprint=str(run["fingerprint"]), run=run)
 
     def fill(sink: Sink, folder: OutputFolder | None = None) -> None:
         loop = RolloutLoop(trainer, Selection(), sink, watch, folder)
-        loop.stream(stream)
+        loop.stream(batches)
         sink.close(loop.counts.to_json())
         result.add(loop.counts.to_json())
 
     if isinstance(output, str):
-        with OutputFolder(Path(output), trainer.run(), overwrite=trainer.options.overwrite) as folder:
+        with OutputFolder(Path(output), run, overwrite=options.overwrite) as folder:
             with folder.stream_shard(metadata) as sink:
                 fill(sink, folder)
-            folder.finish([STREAM_SHARD], {"fingerprint": folder.run["fingerprint"]})
+            folder.finish([STREAM_SHARD], {"fingerprint": run["fingerprint"]})
     else:
         fill(StreamSink(output, metadata))
     result.shards = 1

@@ -112,7 +112,8 @@ class SummaryBuilder:
         reward_range: float | None = None,
         num_skipped: int = 0,
         num_dropped: int = 0,
-        run: Mapping[str, Any] | None = None,
+        runs: Sequence[Mapping[str, Any]] = (),
+        limits: Sequence[tuple[str, float]] = (),
     ) -> AuditSummary:
         """The summary of what was added so far.
 
@@ -122,12 +123,14 @@ class SummaryBuilder:
             num_skipped: rows that scoring left out, from the shards' counts.
             num_dropped: rejected rows that filtering removed (`n_total` minus the rows of the training shards); they
                 count in N.
-            run: what scored the rollouts, from the shards' footers.
+            runs: what scored the rollouts, from the footer of each shard.
+            limits: column -> largest value that the criteria keep, to compare with the noise floor of those runs.
 
         Raises:
             UsageError: the horizon is shorter than the longest response.
+            BadInput: a run's noise floor cannot be read.
         """
-        return summarize(self, horizon, reward_range, num_skipped, num_dropped, run)
+        return summarize(self, horizon, reward_range, num_skipped, num_dropped, runs, limits)
 
     def _keep(self, batch: ScoreBatch) -> Bools | None:
         return batch.filled("keep") == 1 if batch.has("keep") else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from trm_audit.numerics.histogram import LogHistogram
 from trm_audit.report import words
 from trm_audit.report.bound_blocks import bound_blocks
 from trm_audit.report.breakdown import MAIN_DIVERGENCES, CategoryTotals
+from trm_audit.report.noise import differing, noise_floor
 from trm_audit.report.rewards import PPO_CLIP, RewardTotals
 from trm_audit.report.summary import (
     AcceptanceCurves,
     AuditSummary,
+    BoundsBlock,
     Category,
     CategoryDivergence,
     CombinedAcceptance,
@@ -49,7 +51,8 @@ def summarize(
     reward_range: float | None,
     num_skipped: int,
     num_dropped: int,
-    run: Mapping[str, Any] | None,
+    runs: Sequence[Mapping[str, Any]],
+    limits: Sequence[tuple[str, float]],
 ) -> AuditSummary:
     """All numbers of the report; the arguments are those of `SummaryBuilder.finish`."""
     counts = _counts(builder, _horizon(builder, horizon), num_skipped, num_dropped)
@@ -61,17 +64,17 @@ def summarize(
     sequences = {
         name: _quantiles(builder.sequences[name]) for name in sorted(builder.sequences, key=_ORDER.__getitem__)
     }
-    surrogate = None if rewards.surrogate is None else rewards.surrogate.mean
-    bounds = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate)
-    if not whole:
-        bounds.pop("all", None)
+    bounds = _bounds(builder, counts, rewards, whole)
+    floor = noise_floor(runs, limits)
+    notes = words.notes(counts, bounds, violations is not None, "seq_sum_k3" in builder.sequences)
     return AuditSummary(
         verdict=words.verdict(counts, sequences, n_kept, builder.criteria),
-        notes=words.notes(counts, bounds, violations is not None, "seq_sum_k3" in builder.sequences),
+        notes=words.noise_notes(floor, differing(runs)) + notes,
         counts=counts,
-        run=None if run is None else dict(run),
+        run=dict(runs[0]) if runs else None,
         criteria=builder.criteria,
         thresholds=builder.thresholds,
+        noise_floor=floor,
         n_kept=n_kept,
         acceptance=None if n_kept is None else n_kept / counts.n_total,
         reasons=dict(sorted(builder.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
@@ -90,6 +93,15 @@ def summarize(
         elsewhere=_elsewhere(builder),
         **{f"by_{name}": _categories(totals, decided and whole) for name, totals in builder.breakdowns.items()},
     )
+
+
+def _bounds(
+    builder: SummaryBuilder, counts: Counts, rewards: Rewards, whole: bool
+) -> dict[str, dict[str, BoundsBlock]]:
+    """Of the kept rows only where the others are not here."""
+    surrogate = None if rewards.surrogate is None else rewards.surrogate.mean
+    blocks = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate)
+    return blocks if whole else {subset: found for subset, found in blocks.items() if subset != "all"}
 
 
 def _horizon(builder: SummaryBuilder, given: int | None) -> int | None:

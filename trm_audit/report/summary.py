@@ -14,6 +14,7 @@ from typing import Any
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
+from trm_audit.report.noise import NoiseFloor
 
 SCHEMA_VERSION = 1
 
@@ -234,8 +235,9 @@ class AuditSummary:
     Attributes:
         verdict: the outcome in one sentence.
         notes: what the numbers do and do not claim.
-        run: what scored the rollouts (model, hash, precision), as the shards' footers say; None if they do not.
+        run: what scored the rollouts (model, hash, precision), as the first shard's footer says; None if none does.
         criteria: the criteria in words, as given.
+        noise_floor: of the runs below float32; None where there is none.
         acceptance: n_kept / n_total; None where nothing was decided.
         reasons: rejected rows by cause (a row with several causes counts once for each).
         d_max: largest `seq_max_*` seen; d_seq: mean `seq_sum_*`.
@@ -249,6 +251,7 @@ class AuditSummary:
     run: dict[str, Any] | None
     criteria: list[str]
     thresholds: Thresholds
+    noise_floor: NoiseFloor | None
     n_kept: int | None
     acceptance: float | None
     reasons: dict[str, int]

@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from trm_audit.report.noise import AGAINST, NoiseFloor, sharing_rung
 from trm_audit.report.summary import AuditSummary, BoundsBlock, Category, Rewards
 
 if TYPE_CHECKING:
@@ -98,9 +99,10 @@ def _data(summary: AuditSummary) -> list[Group]:
     for name in ("num_groups", "num_tokens", "num_disagreements", "num_infinite"):
         _row(table, name, getattr(counts, name))
     _row(table, "horizon (policy tokens)", counts.horizon)
-    for name in _SHOWN_OF_RUN:
-        if summary.run and summary.run.get(name):
-            _row(table, f"scored with {name}", str(summary.run[name])[:16])
+    run = summary.run or {}
+    for name, value in [*((name, run.get(name)) for name in _SHOWN_OF_RUN), ("sharing", sharing_rung(run))]:
+        if value:
+            _row(table, f"scored with {name}", str(value)[:16])
     return [_titled("What was read", table)]
 
 
@@ -118,7 +120,21 @@ def _decision(summary: AuditSummary) -> list[Group]:
             if share is not None:
                 _row(table, name, share.violations, share.n, _percent(share.share), _percent(share.upper_95))
         parts.append(_titled(f"Above delta_max = {found.delta_max:g}, by {found.divergence}", table))
+    if summary.noise_floor is not None and summary.noise_floor.num_measured:
+        parts.append(_noise_floor(summary.noise_floor))
     return parts
+
+
+def _noise_floor(floor: NoiseFloor) -> Group:
+    table = _table("", "mean", "p99", "max")
+    for against, words in AGAINST.items():
+        noise = getattr(floor, against)
+        for name in ("kl", "abs_delta_logprob") if noise is not None else ():
+            spread = getattr(noise, name)
+            _row(table, f"{name} {words}", spread.mean, spread.p99, spread.max)
+    measured = f"{floor.num_rollouts:,} rollouts, {floor.num_tokens:,} tokens"
+    largest = f", largest of {floor.num_measured} runs" if floor.num_measured > 1 else ""
+    return _titled(f"Noise floor of the scoring ({' and '.join(floor.dtypes)}; {measured}{largest})", table)
 
 
 def _tokens(summary: AuditSummary) -> list[Group]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from trm_audit.report.noise import NoiseFloor
 from trm_audit.report.summary import BoundsBlock, Counts, Quantiles, Thresholds
 
 PLUG_IN = (
@@ -78,6 +81,27 @@ def notes(counts: Counts, bounds: dict[str, dict[str, BoundsBlock]], compared: b
         (TEMPERED, "tempered" in counts.audited_policies),
     ]
     return [sentence for sentence, applies in said if applies]
+
+
+def noise_notes(floor: NoiseFloor | None, differing: Sequence[str]) -> list[str]:
+    """What the precision of the scoring takes from the numbers: thresholds below its floor, or that nobody measured it.
+
+    Args:
+        floor: None for scoring in float32.
+        differing: settings that are not the same in all runs.
+    """
+    said = []
+    if differing:
+        said.append(f"The shards were scored by runs that differ in {', '.join(differing)}; the first is shown.")
+    if floor is None:
+        return said
+    if floor.num_measured < floor.num_runs:
+        which = "" if not floor.num_measured else f" by {floor.num_runs - floor.num_measured} of {floor.num_runs} runs"
+        said.append(
+            f"Scored in {' and '.join(floor.dtypes)}, and the noise floor of that was not measured{which}: "
+            "small divergences may be rounding."
+        )
+    return said + [found.sentence for found in floor.below]
 
 
 def deciding(thresholds: Thresholds) -> str:
