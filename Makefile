@@ -1,12 +1,13 @@
 # make demo    score -> filter -> report on the sample data
 # make test    the test suite
+# make bench   speed and memory of scoring beside other ways and the machine's limit, 15 to 20 minutes on two cores
 # make check   format, lint, types, tests: what CI runs
 # All of them make their own environment in .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench check format clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +20,25 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
+
+# bfloat16 where the CPU has no instructions for it is slower than float32: it is measured for comparison, briefly.
+BENCH = $(BIN)/python -m bench.scoring --model .venv/smollm2
+MAIN = padded padded-kl packed ours
+
+bench: .venv/.ready .venv/smollm2/config.json
+	$(BENCH) --out cpu-1-float32 --title 'SmolLM2-135M, float32, full vocabulary' --dtype float32 \
+		--workloads W1 W2 W3 W4 W6 --modes full --arms $(MAIN) ours-packed ours-torch ours-no-read-ahead
+	$(BENCH) --out cpu-2-modes --title 'SmolLM2-135M, float32, sampled tokens and top 64' --dtype float32 \
+		--workloads W2 W6 --modes sampled top64 --arms $(MAIN)
+	$(BENCH) --out cpu-3-long --title 'SmolLM2-135M, float32, long responses' --dtype float32 \
+		--workloads W5 --modes full --scale 1/128 --arms $(MAIN)
+	$(BENCH) --out cpu-4-bfloat16 --title 'SmolLM2-135M, bfloat16' --dtype bfloat16 \
+		--workloads W2 --modes full --arms $(MAIN)
+	$(BENCH) --out cpu-5-memory --title 'Memory with a vocabulary of 152k' --dtype float32 --model wide \
+		--workloads W2 --modes full --scale 1 --rounds 1 --arms ours
+
+.venv/smollm2/config.json: .venv/.ready
+	$(BIN)/python sample_data/smollm2/checkpoint.py .venv/smollm2
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
