@@ -27,14 +27,16 @@ MAIN = padded padded-kl packed ours
 
 bench: .venv/.ready .venv/smollm2/config.json
 	$(BENCH) --out cpu-1-float32 --title 'SmolLM2-135M, float32, full vocabulary' --dtype float32 \
-		--workloads W1 W2 W3 W4 W6 --modes full --arms $(MAIN) ours-packed ours-torch ours-no-read-ahead
-	$(BENCH) --out cpu-2-modes --title 'SmolLM2-135M, float32, sampled tokens and top 64' --dtype float32 \
+		--workloads W1 W2 --modes full --arms $(MAIN) ours-packed ours-torch ours-no-read-ahead
+	$(BENCH) --out cpu-2-float32 --title 'SmolLM2-135M, float32, full vocabulary, more workloads' --dtype float32 \
+		--workloads W6 W4 W3 --modes full --scale 1/64 --arms $(MAIN)
+	$(BENCH) --out cpu-3-modes --title 'SmolLM2-135M, float32, sampled tokens and top 64' --dtype float32 \
 		--workloads W2 W6 --modes sampled top64 --arms $(MAIN)
-	$(BENCH) --out cpu-3-long --title 'SmolLM2-135M, float32, long responses' --dtype float32 \
-		--workloads W5 --modes full --scale 1/128 --arms $(MAIN)
 	$(BENCH) --out cpu-4-bfloat16 --title 'SmolLM2-135M, bfloat16' --dtype bfloat16 \
-		--workloads W2 --modes full --arms $(MAIN)
-	$(BENCH) --out cpu-5-memory --title 'Memory with a vocabulary of 152k' --dtype float32 --model wide \
+		--workloads W2 --modes full --scale 1/64 --arms $(MAIN)
+	$(BENCH) --out cpu-5-long --title 'SmolLM2-135M, float32, long responses' --dtype float32 \
+		--workloads W5 --modes full --scale 1/128 --arms $(MAIN)
+	$(BENCH) --out cpu-6-memory --title 'Memory with a vocabulary of 152k' --dtype float32 --model wide \
 		--workloads W2 --modes full --scale 1 --rounds 1 --arms ours
 
 .venv/smollm2/config.json: .venv/.ready

@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
         "cells": [cell for name in options.workloads for cell in bench.workload(name)],
     }
     file = options.folder / "results" / f"{options.out}.json"
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     results.write(options.folder)
     print("\n\n".join(part for part in results.section(run) if part))
