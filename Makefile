@@ -35,7 +35,7 @@ bench: .venv/.ready .venv/smollm2/config.json
 	$(BENCH) --out cpu-4-bfloat16 --title 'SmolLM2-135M, bfloat16' --dtype bfloat16 \
 		--workloads W2 --modes full --scale 1/64 --arms $(MAIN)
 	$(BENCH) --out cpu-5-long --title 'SmolLM2-135M, float32, long responses' --dtype float32 \
-		--workloads W5 --modes full --scale 1/128 --arms $(MAIN)
+		--workloads W5 --modes full --scale 1/256 --arms $(MAIN)
 	$(BENCH) --out cpu-6-memory --title 'Memory with a vocabulary of 152k' --dtype float32 --model wide \
 		--workloads W2 --modes full --scale 1 --rounds 1 --arms ours
 

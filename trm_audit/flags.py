@@ -114,7 +114,6 @@ def criteria_flags(command: F) -> F:
     return command
 
 
-TYPES = ["auto", "float32", "bfloat16", "float16"]
 MODEL_FLAGS = (
     click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
     click.option(
@@ -130,17 +129,17 @@ MODEL_FLAGS = (
     ),
     click.option(
         "--dtype",
-        type=click.Choice(TYPES),
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
         help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
     ),
     click.option(
         "--head-dtype",
-        type=click.Choice(TYPES),
+        type=click.Choice(["auto", "float32"]),
         default="auto",
         show_default=True,
-        help="Precision of the head; auto is that of --dtype.",
+        help="Precision of the head; auto is that of --dtype, float32 leaves its products unrounded.",
     ),
     click.option(
         "--vocab-size",
