@@ -8,6 +8,7 @@ come from the same Parquet table, read with plain pyarrow.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ class PlainLogits:
         return torch.from_numpy(np.concatenate(parts))
 
 
-class _Baseline:
+class _Baseline(ABC):
     """What both have in common: where results go.
 
     Args:
@@ -120,8 +121,9 @@ class _Baseline:
             self._run()
         return self.out
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Fills `out`."""
 
     def _put(self, tokens: NDArray[np.int64], figures: dict[str, Tensor]) -> None:
         for name, values in figures.items():

@@ -153,3 +153,23 @@ class TokenScores:
     rebuilt: Bools
     audited_policy: list[AuditedPolicy]
     num_disagreements: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class NoiseSpread:
+    """Spread over tokens of how far two scorings of the same weights are apart (nats): mean, 99 % quantile, maximum."""
+
+    mean: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far one scoring is from another of the same weights: at the sampled token, and over the vocabulary.
+
+    Worked instance: Noise(NoiseSpread(.004, .06, .07), NoiseSpread(2e-5, 4e-4, 5e-4)), bfloat16 against float32.
+    """
+
+    abs_delta_logprob: NoiseSpread
+    kl: NoiseSpread

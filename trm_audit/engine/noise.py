@@ -20,27 +20,10 @@ from trm_audit.engine.sharing import whole_sequences
 from trm_audit.engine.wide import in_float32
 from trm_audit.numerics.divergences import divergences
 from trm_audit.numerics.ragged import Floats, Ints
-from trm_audit.rollout import RolloutBatch
+from trm_audit.rollout import Noise, NoiseSpread, RolloutBatch
 
 ROWS = 16
 """Rollouts whose hidden states are held at once."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, 99 % quantile and maximum over tokens (nats)."""
-
-    mean: float
-    p99: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Differences of two scores of the same tokens (nats)."""
-
-    abs_delta_logprob: Spread
-    kl: Spread
 
 
 @dataclass(frozen=True)
@@ -90,8 +73,8 @@ def _noise(values: dict[str, Floats], name: str) -> Noise:
     return Noise(_spread(values[name]), _spread(values[f"{name}_kl"]))
 
 
-def _spread(values: Floats) -> Spread:
-    return Spread(float(values.mean()), float(np.quantile(values, 0.99)), float(values.max()))
+def _spread(values: Floats) -> NoiseSpread:
+    return NoiseSpread(float(values.mean()), float(np.quantile(values, 0.99)), float(values.max()))
 
 
 def _measure(

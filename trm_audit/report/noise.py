@@ -23,27 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trm_audit.errors import BadInput
+from trm_audit.rollout import Noise, NoiseSpread
 
 AGAINST = {"composition": "in another batch", "float32": "against float32"}
 """What the run's precision was compared with."""
 TOLD_OF_A_RUN = ("dtype", "head_dtype", "device", "sharing")
-
-
-@dataclass(frozen=True)
-class NoiseSpread:
-    """Spread of one quantity over the measured tokens, nats."""
-
-    mean: float
-    p99: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far one scoring is from another of the same weights: at the sampled token, and over the vocabulary."""
-
-    abs_delta_logprob: NoiseSpread
-    kl: NoiseSpread
 
 
 @dataclass(frozen=True)
