@@ -9,3 +9,4 @@ run trm-audit validate sample_data/tiny/rollouts
 run trm-audit score sample_data/tiny/rollouts --model sample_data/tiny/model --trainer-version 200 -o demo-out/scores
 run trm-audit filter demo-out/scores --delta-max 0.05 --delta-avg 0.002 -o demo-out/train
 run trm-audit report demo-out/scores --delta-max 0.05 --delta-avg 0.002
+run trm-audit report demo-out/scores --delta-max 0.05 --delta-avg 0.002 -o demo-out/report.html

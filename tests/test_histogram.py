@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from trm_audit.numerics.histogram import RELATIVE_ERROR, LogHistogram, Moments, PairCounts, ThresholdCounts
+from trm_audit.numerics.histogram import RELATIVE_ERROR, LogHistogram, Moments, PairCounts
 
 QUANTILES = (0.0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
@@ -108,16 +108,6 @@ def test_magnitudes_outside_the_bins_stay_between_minimum_and_maximum() -> None:
 GRID = np.array([0.0, 0.001, 0.05, 0.05000000000000001, 1.0])
 
 
-def test_threshold_counts_equal_a_loop_and_keep_equality() -> None:
-    rng = np.random.default_rng(4)
-    values = np.concatenate([rng.exponential(0.05, 1000), GRID, [np.inf, np.nan, -1.0]])
-    counts = ThresholdCounts(GRID)
-    for part in np.array_split(values, 5):
-        counts.add(part)
-    assert counts.at_most.tolist() == [sum(1 for v in values if v <= delta) for delta in GRID]
-    assert counts.cells.sum() == len(values)
-
-
 def test_pair_counts_equal_a_loop_at_every_pair_of_thresholds() -> None:
     rng = np.random.default_rng(5)
     a, b = rng.exponential(0.05, 500), rng.exponential(0.01, 500)
@@ -128,15 +118,6 @@ def test_pair_counts_equal_a_loop_at_every_pair_of_thresholds() -> None:
     expected = [[sum(1 for x, y in zip(a, b, strict=True) if x <= i and y <= j) for j in GRID[1:]] for i in GRID]
     assert (two + one).at_most.tolist() == expected
     assert (one + two).cells.sum() == 500
-
-
-def test_thresholds_merge_by_addition() -> None:
-    values = np.random.default_rng(6).exponential(0.1, 300)
-    left, right, whole = ThresholdCounts(GRID), ThresholdCounts(GRID), ThresholdCounts(GRID)
-    left.add(values[:10])
-    right.add(values[10:])
-    whole.add(values)
-    assert (right + left).cells.tolist() == whole.cells.tolist()
 
 
 def test_moments_of_parts_are_the_moments_of_the_whole() -> None:

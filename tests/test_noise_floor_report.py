@@ -235,7 +235,7 @@ def test_the_report_shows_the_floor_the_rung_and_the_thresholds_below_it(tmp_pat
     for name, value in (("dtype", "bfloat16"), ("head_dtype", "bfloat16"), ("device", "cuda"), ("sharing", "tree")):
         assert [line.split()[-1] for line in text.splitlines() if f"scored with {name} " in line] == [value]
     # and the one threshold that is too small
-    (note,) = [note for note in summary.notes if "noise floor" in note]
+    (note,) = [found.sentence for found in summary.warnings if found.code == "below_noise_floor"]
     assert note.startswith("The threshold 0.02 on seq_max_kl lies below the noise floor of the scoring, 0.03")
     assert summary.to_dict()["noise_floor"]["below"][0]["statistic"] == "seq_max_kl"
 
@@ -254,10 +254,11 @@ def test_shards_that_say_nothing_of_a_run_are_reported_on(tmp_path: Path, run: d
 
 def test_a_floor_that_was_not_measured_is_said(tmp_path: Path) -> None:
     summary = report_on(write_scores(tmp_path / "one", BEFORE), delta_max=0.0)
-    assert summary.notes[0].startswith("Scored in bfloat16, and the noise floor of that was not measured:")
+    (found,) = [found for found in summary.warnings if found.code == "unmeasured_noise_floor"]
+    assert found.sentence.startswith("Scored in bfloat16, and the noise floor of that was not measured:")
     assert "Noise floor" not in printed(summary)
     both = report_on(write_scores(tmp_path / "both", run_with_floor(), BEFORE | {"model_hash": "5c1e"}))
-    assert any("not measured by 1 of 2 runs" in note for note in both.notes)
+    assert any("not measured in 1 of 2 runs" in found.sentence for found in both.warnings)
 
 
 def test_runs_that_differ_are_named(tmp_path: Path) -> None:
@@ -293,7 +294,8 @@ def test_filter_warns_of_the_same_thresholds(run: Run, tmp_path: Path) -> None:
     scores = write_scores(tmp_path / "scores", run_with_floor(), grade="sampled")
     (warning,) = filter_notes(run, scores, "--delta-max", "0.01", "--delta-avg", "0.01", "-o", tmp_path / "out")
     assert warning.startswith("Warning: The threshold 0.01 on seq_max_k2 lies below the noise floor of the scoring")
-    assert warning.removeprefix("Warning: ") in report_on(scores, delta_max=0.01, delta_avg=0.01).notes
+    warnings = report_on(scores, delta_max=0.01, delta_avg=0.01).warnings
+    assert warning.removeprefix("Warning: ") in [found.sentence for found in warnings]
     assert filter_notes(run, scores, "--delta-max", "0.03", "-o", tmp_path / "wide") == []
 
 

@@ -17,7 +17,7 @@ from report_rows import random_rows, run_with_floor, score_batch
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
-from trm_audit.report import noise
+from trm_audit.report import blocks, noise
 from trm_audit.report import summary as tree
 from trm_audit.report.builder import SummaryBuilder
 
@@ -68,12 +68,12 @@ def test_every_report_fits_the_schema(case: str) -> None:
     [
         (("surprise",), 1),
         (("counts", "surprise"), 1),
-        (("schema_version",), 2),
+        (("schema_version",), 1),
         (("acceptance",), 1.5),
         (("sequences", "seq_max_surprise"), {}),
         (("bounds", "all", "sampled", "bounds", "mixed_bound"), {"published": 1.0, "sharp": 0.5}),
         (("bounds", "all", "exact", "vacuous"), "yes"),
-        (("importance", "mean_ratio"), "nan"),
+        (("metrics", "mean_ratio", "value"), "nan"),
         (("noise_floor",), {"float32": None}),
     ],
 )
@@ -123,9 +123,26 @@ DEFINITIONS = {
     "rewards": tree.Rewards,
     "ppo": tree.PpoTerms,
     "token_masking": tree.TokenMasking,
-    "importance": tree.Importance,
     "category_divergence": tree.CategoryDivergence,
     "category": tree.Category,
+    "finding": blocks.Finding,
+    "distribution": blocks.Distribution,
+    "probability_density": blocks.ProbabilityDensity,
+    "metric": blocks.Metric,
+    "delta_row": blocks.DeltaRow,
+    "delta_table": blocks.DeltaTable,
+    "target": blocks.Target,
+    "length_curve": blocks.LengthCurve,
+    "acceptance_by_length": blocks.AcceptanceByLength,
+    "bound_curves": blocks.BoundCurves,
+    "bin_divergence": blocks.BinDivergence,
+    "token_bin": blocks.TokenBin,
+    "token_row": blocks.TokenRow,
+    "impulse_share": blocks.ImpulseShare,
+    "impulses": blocks.Impulses,
+    "routing": blocks.Routing,
+    "shown_token": blocks.ShownToken,
+    "worst_sequence": blocks.WorstSequence,
 }
 
 

@@ -11,8 +11,9 @@ from report_rows import random_rows, score_batch
 from rich.console import Console
 
 from trm_audit.report.builder import SummaryBuilder
+from trm_audit.report.shown import visible
 from trm_audit.report.summary import AuditSummary, Thresholds
-from trm_audit.report.terminal import SHOWN_CATEGORIES, render, safe_text
+from trm_audit.report.terminal import SHOWN_CATEGORIES, render
 
 ESCAPE, BELL, RIGHT_TO_LEFT, ISOLATE = "\x1b", "\x07", "\u202e", "\u2066"
 
@@ -68,7 +69,6 @@ def test_sections_answer_questions_in_order() -> None:
         "How far apart, per sequence",
         "Share of sequences that a threshold alone would keep",
         "Bounds on",
-        "Objectives and importance weights",
         "By engine",
         "Note: ",
     )
@@ -101,9 +101,9 @@ def test_markup_and_escapes_in_the_data_are_text() -> None:
         assert mark not in text
 
 
-def test_safe_text_keeps_languages_and_emoji_and_drops_what_a_terminal_obeys() -> None:
-    assert safe_text("déjà vu 日本語 🙂") == "déjà vu 日本語 🙂"
-    assert safe_text("a\tb\nc\rd\x9b31me\u200bf\u2028g\u202eh\ud800") == "a b cd31mefgh"
+def test_text_keeps_languages_and_emoji_and_writes_out_what_a_terminal_obeys() -> None:
+    assert visible("déjà vu 日本語 🙂") == "déjà vu 日本語 🙂"
+    assert visible("a\tb\x9b31m\u200bf\u202eh\ud800") == "a<U+0009>b<U+009B>31m<U+200B>f<U+202E>h<U+D800>"
 
 
 def test_many_categories_are_cut_and_the_rest_is_counted() -> None:

@@ -32,10 +32,12 @@ from trm_audit.flags import (
     columns_flag,
     criteria_flags,
     model_flags,
+    report_flags,
 )
 
 if TYPE_CHECKING:
-    from trm_audit.criteria.thresholds import Criteria
+    from trm_audit.report.compare import Comparison
+    from trm_audit.report.summary import AuditSummary
 
 EXIT_PIPE_CLOSED = 141
 SHOWN_ERRORS = 20
@@ -200,48 +202,61 @@ def filter_command(
 @cli.command()
 @INPUTS
 @criteria_flags
-@click.option("--horizon", type=click.IntRange(1), help="T of the bounds [default: the longest response].")
-@click.option("--reward-range", type=float, help="R_max - R_min [default: from the data].")
-@click.option("--json", "as_json", is_flag=True, help="JSON on stdout (schemas/report.schema.json).")
-@click.option(
-    "--fail-on", "gates", multiple=True, metavar="COND", help='Exit 1 if this holds: "acceptance<0.7". Repeatable.'
-)
+@report_flags
 @ALLOW_PARTIAL
 def report(
     inputs: tuple[str, ...],
-    horizon: int | None,
-    reward_range: float | None,
-    as_json: bool,
+    form: str | None,
+    output: Path | None,
+    overwrite: bool,
+    pool: bool,
     gates: tuple[str, ...],
-    allow_partial: bool,
-    **criteria: Any,
+    trackers: dict[str, str],
+    **settings: Any,
 ) -> None:
-    """Say how far apart the policies are, and what that permits to claim."""
-    from trm_audit.pipeline.report import ReportOptions, summarize
+    """Say how far apart the policies are, and what that permits to claim.
+
+    Two folders are two audits, shown side by side with their differences; anything else is one data set.
+    """
+    from trm_audit.pipeline.report import compare, report_options, summarize, write_report
     from trm_audit.report.gates import check, parse_gate
+    from trm_audit.report.render import render, render_to_terminal
+    from trm_audit.report.tracking import log_to
 
     conditions = [parse_gate(gate) for gate in gates]
-    options = ReportOptions(_criteria_or_none(criteria), horizon, reward_range, allow_partial)
+    form = form or _format_of(output)
+    options = report_options(**settings)
     with watching("report") as watch:
-        summary = summarize(inputs, options, source=_source(inputs), progress=watch)
-    if as_json:
-        click.echo(summary.to_json())
+        if len(inputs) == 2 and not pool and all(Path(each).is_dir() for each in inputs):
+            found: AuditSummary | Comparison = compare(*inputs, options, progress=watch)
+        else:
+            found = summarize(inputs, options, source=_source(inputs), progress=watch)
+    if output is not None:
+        write_report(render(found, form), output, overwrite=overwrite)
+        say(f"{found.verdict} -> {output}")
+    elif form == "terminal":
+        render_to_terminal(found, sys.stdout)
     else:
-        from rich.console import Console
-
-        from trm_audit.report.terminal import render
-
-        render(summary, Console(file=sys.stdout))
-    failed = check(conditions, summary)
+        click.echo(render(found, form), nl=False)
+    for kind, project in trackers.items():
+        log_to(kind, project, found)
+    failed = check(conditions, found)
     if failed:
         raise GateFailed("; ".join(failed), place="--fail-on")
 
 
-def _criteria_or_none(criteria: dict[str, Any]) -> Criteria | None:
-    from trm_audit.criteria.thresholds import Criteria
+def _format_of(output: Path | None) -> str:
+    """The format that a file's suffix asks for; the terminal's without a file."""
+    from trm_audit.report.render import FORMATS
 
-    given = any(value is not None for name, value in criteria.items() if name != "undecided")
-    return Criteria(**criteria) if given else None
+    suffix = "terminal" if output is None else output.suffix.removeprefix(".")
+    if output is not None and suffix not in FORMATS:
+        raise UsageError(
+            f"{output.name} does not say which format is wanted",
+            place="-o",
+            next_step=f"Let it end in .{', .'.join(FORMATS)}, or give --format.",
+        )
+    return suffix
 
 
 @cli.command()

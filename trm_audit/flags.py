@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -182,6 +184,53 @@ def model_flags(command: F) -> F:
     for option in reversed(MODEL_FLAGS):
         command = option(command)
     return command
+
+
+REPORT_FLAGS = (
+    click.option("--horizon", type=click.IntRange(1), help="T of the bounds [default: the longest response]."),
+    click.option("--reward-range", type=float, help="R_max - R_min [default: from the data]."),
+    click.option(
+        "--target-acceptance", type=Percentage(), help="Say which thresholds keep this share of the sequences, as 90%."
+    ),
+    click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="Checkpoint folder whose tokenizer shows tokens as text [default: that of the run].",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File for the report: .html, .md or .json [default: the terminal].",
+    ),
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["terminal", "html", "md", "json"]),
+        help="Format of the report [default: by the suffix of -o]; md fits a pull request.",
+    ),
+    click.option("--json", "form", flag_value="json", help="Short for --format json (schemas/report.schema.json)."),
+    click.option("--overwrite", is_flag=True, help="Replace the file that -o names."),
+    click.option("--pool", is_flag=True, help="Take two folders as one data set instead of comparing them."),
+    click.option(
+        "--fail-on", "gates", multiple=True, metavar="COND", help='Exit 1 if this holds: "acceptance<0.7". Repeatable.'
+    ),
+    click.option("--wandb", metavar="PROJECT", help="Log the figures to a Weights & Biases project, too."),
+    click.option("--trackio", metavar="PROJECT", help="Log the figures to a Trackio project, too."),
+)
+
+
+def report_flags(command: F) -> F:
+    """The flags of report; those of the trackers arrive as one dict, tracker -> project."""
+
+    @wraps(command)
+    def call(*args: Any, wandb: str | None, trackio: str | None, **settings: Any) -> Any:
+        named = {"wandb": wandb, "trackio": trackio}
+        return command(*args, trackers={kind: project for kind, project in named.items() if project}, **settings)
+
+    for option in reversed(REPORT_FLAGS):
+        call = option(call)
+    return call  # type: ignore[return-value]  # the same command, called with fewer arguments
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another run's output in the same folder.")

@@ -40,6 +40,7 @@ TOKEN_SCORES = (
     "rollout_entropy",
     "trainer_entropy",
     *INTERVAL_DIVERGENCES,
+    "routing_agreement",
 )
 """Per-token columns of a score shard, in this order."""
 
@@ -88,6 +89,23 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that the engine sent each token to.
+
+    Attributes:
+        ids: per row [positions, layers, k] flattened: int16 numbers of the experts at each position, from the first
+            token of the prompt on; -1 where unknown. Empty for a row without.
+        layers, k: [rows] the shape of a position; 0 for a row without.
+
+    Worked instance: one row of two positions, two layers, k = 2: ids [[0, 3, 1, 2, 0, 3, 2, 1]], layers [2], k [2].
+    """
+
+    ids: Ragged
+    layers: Ints
+    k: Ints
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """Some rows of one rollout shard, checked against the schema.
 
@@ -106,6 +124,7 @@ class RolloutBatch:
         sampling: [rows].
         policy_version: [rows] oldest version of the row, float64 with NaN for null, or None without the column.
         grade: [rows] best grade the row's evidence allows; None where there is no policy token to speak of.
+        routed_experts: routing of the engine, or None without the column.
 
     Worked instance: one row, prompt [5, 11], response [3, 8], mask [True, False], rollout_logprobs [-.1, nan], grade
         ["sampled"].
@@ -125,6 +144,7 @@ class RolloutBatch:
     sampling: Sequence[Sampling]
     policy_version: Floats | None
     grade: Sequence[Grade | None]
+    routed_experts: RoutedExperts | None = None
 
     def __len__(self) -> int:
         return len(self.rollout_id)

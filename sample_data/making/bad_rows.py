@@ -157,6 +157,22 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "policy_version",
         overwrite(policy_version=[7, 8]),
     ),
+    (
+        "routing-of-other-length",
+        12,
+        False,
+        "routed_experts has 4 entries for 4 tokens of prompt and 4 of response",
+        "routed_experts has 4 entries",
+        overwrite(routed_experts=[[[0, 5], [3, 1]]] * 4),
+    ),
+    (
+        "routing-of-uneven-layers",
+        12,
+        False,
+        "an entry of routed_experts names the experts of one layer, the others of two",
+        "layers or experts",
+        overwrite(routed_experts=[*[[[0, 5], [3, 1]]] * 6, [[0, 5]]]),
+    ),
 ]
 
 
@@ -177,6 +193,7 @@ def as_table(rows: list[Row]) -> pa.Table:
         "top_k": pa.int64(),
         "logprobs_mode": pa.string(),
         "policy_version": pa.list_(pa.int64()),
+        "routed_experts": pa.list_(pa.list_(pa.list_(pa.int16()))),
     }
     used = [name for name in types if any(name in row for row in rows)]
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, types[name]) for name in used]))

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-DTYPES = (torch.float32, torch.bfloat16)
 NUMPY_TYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
@@ -103,17 +102,20 @@ def drift_table(folder: Path) -> list[dict[str, float]]:
 def routing_flips(folder: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
     """Where routing flips, over the sampled tokens of the newest version of a mixture of experts.
 
-    A flip: in some layer the bfloat16 forward picks other experts than the float32 forward of the same weights.
+    A flip: in some layer the sampler, in bfloat16, picked other experts (`routed_experts`) than the float32 forward of
+    the same weights.
 
     Returns:
         [tokens] flipped here; flipped here or earlier in the response, which attention carries on; KL (nats).
     """
     newest = max(row["policy_version"] for row in rollout_rows(folder / "rollouts"))
-    chosen = [AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval() for dtype in DTYPES]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     here, so_far, divergences = [], [], []
     for row, kl in kl_per_token(folder, newest):
-        one, other = (experts_per_token(model, row) for model in chosen)
-        flips, own = (one != other).any(axis=(0, 2)), np.array(row["response_mask"])
+        before = len(row["prompt_ids"]) - 1  # the position that predicts response token 0
+        stored = np.array(row["routed_experts"])[before : before + len(kl)]
+        flips = (np.sort(stored) != experts_per_token(model, row)).any(axis=(1, 2))
+        own = np.array(row["response_mask"])
         here.append(flips[own])
         so_far.append(np.maximum.accumulate(flips)[own])
         divergences.append(kl[own])
@@ -121,12 +123,12 @@ def routing_flips(folder: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_], N
 
 
 def experts_per_token(model: PreTrainedModel, row: dict[str, Any]) -> NDArray[np.int64]:
-    """[layers, T, K] sorted expert numbers at the positions that predict the response."""
+    """[T, layers, K] sorted expert numbers at the positions that predict the response."""
     ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
     with torch.no_grad():
-        router = torch.stack(model(input_ids=ids, output_router_logits=True).router_logits)
+        router = torch.stack(model(input_ids=ids, output_router_logits=True).router_logits, 1)
     picked = router.topk(model.config.num_experts_per_tok, dim=-1).indices.sort(dim=-1).values
-    result: NDArray[np.int64] = picked[:, len(row["prompt_ids"]) - 1 : -1].numpy()
+    result: NDArray[np.int64] = picked[len(row["prompt_ids"]) - 1 : -1].numpy()
     return result
 
 

@@ -1,13 +1,15 @@
 """Training of the tiny models in plain torch loops: a supervised warm start, then REINFORCE with a group baseline.
 
 The sampler is the one that also records the rollouts: left-padded prompts, a key-value cache, one token a step, in
-whatever precision the model is in. A tool's tokens are forced into the row and marked as not the policy's own.
+whatever precision the model is in. A tool's tokens are forced into the row and marked as not the policy's own. Of a
+mixture of experts it keeps which experts each token went to.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,12 +28,15 @@ class Sampled:
         response_ids: token ids, the calculator's included.
         own: per response token, True where the policy sampled it.
         logits: per response token, [V] in the sampler's precision.
+        experts: [positions, layers, k] experts of every token of prompt and response but the last, which is never
+            computed; None of a dense model.
     """
 
     prompt: str
     response_ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    experts: Tensor | None = None
     queue: list[int] = field(default_factory=list)
 
     @property
@@ -60,18 +65,37 @@ def sample(model: nn.Module, prompts: list[str], generator: torch.Generator) -> 
     ids = torch.tensor([[task.PAD] * (width - len(p)) + task.encode(p) for p in prompts])
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    cache = None
+    cache, routed = None, []
     while not all(row.done for row in rows):
-        out = model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        with routing(model) as chosen:
+            out = model(
+                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        if chosen:
+            routed.append(torch.stack(chosen, 1).unflatten(0, ids.shape))
         cache, logits = out.past_key_values, out.logits[:, -1]
         draws = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0].tolist()
         tokens = [row.step(draw, row_logits) for row, draw, row_logits in zip(rows, draws, logits, strict=True)]
         ids = torch.tensor(tokens)[:, None]
         positions = positions[:, -1:] + 1
         attention = torch.cat([attention, torch.ones(len(rows), 1, dtype=attention.dtype)], dim=1)
+    if routed:
+        for row, experts in zip(rows, torch.cat(routed, 1), strict=True):
+            row.experts = experts[width - len(row.prompt) :][: len(row.prompt) + len(row.response_ids) - 1]
     return rows
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that a forward fills with the experts, [rows x tokens, k], that each router chooses, layer by layer."""
+    chosen: list[Tensor] = []
+    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    hooks = [router.register_forward_hook(lambda *call: chosen.append(call[-1][-1])) for router in routers]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def own_logprobs(model: nn.Module, rows: list[tuple[str, list[int], list[bool]]]) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def record(recipe: Recipe, weights: dict[int, dict[str, Tensor]], folder: Path) 
                     shards[2 if calculator else number % 2].append(describe(row, f"{group}/s{index}", group, version))
                     logits.add(f"{group}/s{index}", as_stored(torch.stack(row.logits), recipe.encoding))
     for index, shard in enumerate(shards):
-        table = pa.Table.from_pylist(shard, schema=ROLLOUT_SCHEMA)
+        table = pa.Table.from_pylist(shard, schema=MOE_SCHEMA if "routed_experts" in shard[0] else ROLLOUT_SCHEMA)
         write_rollout_table(folder / f"rollouts-{index:05d}.parquet", table, logits=["logits-00000.parquet"])
 
 
@@ -164,12 +164,15 @@ ROLLOUT_SCHEMA = pa.schema(
         ("response_text", pa.string()),
     ]
 )
+MOE_SCHEMA = ROLLOUT_SCHEMA.append(pa.field("routed_experts", pa.list_(pa.list_(pa.list_(pa.int16())))))
 
 
 def describe(row: Sampled, rollout_id: str, group_id: str, version: int) -> dict[str, object]:
     """One row of the rollout table. NaN stands where the calculator's tokens have no log-probability."""
     logprobs = torch.stack(row.logits).float().log_softmax(-1)[range(len(row.logits)), row.response_ids].tolist()
+    routing = {} if row.experts is None else {"routed_experts": row.experts.tolist()}
     return {
+        **routing,
         "rollout_id": rollout_id,
         "group_id": group_id,
         "prompt_ids": task.encode(row.prompt),

@@ -15,6 +15,7 @@ from trm_audit.engine.checkpoint import Checkpoint
 from trm_audit.engine.head import Head
 from trm_audit.engine.loading import load, pick_device, pick_dtype
 from trm_audit.engine.plan import Step, fork_steps, padded_steps, prefix_forest, tree_steps
+from trm_audit.engine.routing import Experts, find_experts
 from trm_audit.engine.sharing import choose, continues, rope_types
 from trm_audit.errors import UsageError
 from trm_audit.numerics.ragged import Ints
@@ -47,6 +48,7 @@ class TrainerModel:
         module: the transformers model.
         vocab_size: columns of `logits`.
         sharing: the rung taken and how it was checked.
+        compiled: whether the decoder's layers are.
     """
 
     def __init__(
@@ -87,8 +89,14 @@ class TrainerModel:
         if "dynamic" in rope_types(self.module.config):
             self._head.decoder.register_forward_pre_hook(_forget_lengths)
         self.sharing = choose(self, "padded" if batch_invariant else sharing)
+        self.compiled = compile
         if compile:
             self._compile()
+
+    @cached_property
+    def experts(self) -> Experts:
+        """Its layers with experts; none if it is dense or hides its routing."""
+        return find_experts(self)
 
     @cached_property
     def in_pieces(self) -> bool:

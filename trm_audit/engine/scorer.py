@@ -7,7 +7,7 @@ The [tokens, vocabulary] logits of the trainer never exist at once: hidden state
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from trm_audit.engine.evidence import Piece
 from trm_audit.engine.footing import comparison
 from trm_audit.engine.model import TrainerModel
 from trm_audit.engine.plan import Step
+from trm_audit.engine.routing import RoutingComparison
 from trm_audit.engine.stored import empty_scores
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.numerics.ragged import Ints
@@ -54,29 +55,40 @@ class Scorer:
         Raises:
             BadInput: the model's output is not a number, or a sequence is longer than its positions.
             UsageError: the device is out of memory.
-            RowError: stored logits are not (rule 11).
+            RowError: stored logits are not as rule 11 says, or stored routing is not that of such a model (rule 12).
         """
         out = empty_scores(batch, [comparison(s, g) for s, g in zip(batch.sampling, batch.grade, strict=True)])
         rows = needed_tokens(batch)
         steps = self._model.steps(rows, max_tokens=self._max_tokens)
         pieces = [list(self._pieces(batch, step, out)) for step in steps]
         requests = (request for of_step in pieces for piece in of_step for request in piece.requests())
-        with self._stored(requests) as stored:
-            self._run(steps, rows, pieces, stored)
+        carried = batch.routed_experts is not None and batch.routed_experts.layers.any()
+        routing = RoutingComparison(self._model.experts, batch, out) if carried else None
+        with self._stored(requests) as stored, routing.experts.listening() if routing else nullcontext():
+            self._run(steps, rows, pieces, stored, routing)
         return out
 
     @torch.inference_mode()
     def _run(
-        self, steps: Sequence[Step], rows: Sequence[Ints], pieces: Sequence[Sequence[Piece]], stored: Iterator[Tensor]
+        self,
+        steps: Sequence[Step],
+        rows: Sequence[Ints],
+        pieces: Sequence[Sequence[Piece]],
+        stored: Iterator[Tensor],
+        routing: RoutingComparison | None,
     ) -> None:
         hidden = self._model.hidden(steps, rows)
         for step, of_step in zip(steps, pieces, strict=True):
             place = of_step[0].place if of_step else ""
             with _enough_memory(step, place):
+                if routing is not None:
+                    routing.experts.forget()
                 with _enough_positions(step, place):
                     states = next(hidden)
                 for piece in of_step:
                     piece.score(self._logits_of(states, piece.positions), stored)
+                    if routing is not None:
+                        routing.score(piece.tokens, piece.positions, len(states))
 
     def _logits_of(self, states: Tensor, positions: Ints) -> Tensor:
         """[n, V] of some of a step's positions. Where shapes are constant, so is the head's."""

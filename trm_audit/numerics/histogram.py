@@ -51,20 +51,31 @@ class LogHistogram:
 
     def add(self, values: Floats) -> None:
         """Count `values` [n]; NaN only in `num_nan`."""
+        if not len(values):
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (low > 0 and high < math.inf):  # otherwise all are positive and finite: the usual case, and the fast one
+            values = self._add_special(values)
+            if not len(values):
+                return
+            low, high = float(values.min()), float(values.max())
+        else:
+            self.positive += _count(values)
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.total = float(np.add(self.total, values.sum()))
+
+    def _add_special(self, values: Floats) -> Floats:
+        """Count values of every kind; returns those that are numbers."""
         number = values[~np.isnan(values)]
         self.num_nan += len(values) - len(number)
-        if not len(number):
-            return
         finite = number[np.isfinite(number)]
         self.positive += _count(finite[finite > 0])
         self.negative += _count(-finite[finite < 0])
         self.num_zero += int(np.count_nonzero(finite == 0))
         self.num_inf += int(np.count_nonzero(number == np.inf))
         self.num_negative_inf += int(np.count_nonzero(number == -np.inf))
-        self.min = min(self.min, float(number.min()))
-        self.max = max(self.max, float(number.max()))
-        with np.errstate(invalid="ignore", over="ignore"):
-            self.total = float(np.add(self.total, number.sum()))
+        return number
 
     def __add__(self, other: LogHistogram) -> LogHistogram:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -133,8 +144,8 @@ class LogHistogram:
 def _count(magnitudes: Floats) -> Ints:
     """Bin counts of positive finite numbers."""
     codes = np.ascontiguousarray(magnitudes).view(np.int64) >> (52 - _MANTISSA_BITS)
-    first = (1023 + _OCTAVES[0]) << _MANTISSA_BITS
-    return np.bincount(np.clip(codes - first, 0, _NUM_BINS - 1), minlength=_NUM_BINS)
+    codes -= (1023 + _OCTAVES[0]) << _MANTISSA_BITS
+    return np.bincount(np.clip(codes, 0, _NUM_BINS - 1, out=codes), minlength=_NUM_BINS)
 
 
 def _value(index: int, within: float) -> float:
@@ -167,36 +178,6 @@ class Moments:
             shift = other.mean - self.mean
             mean = self.mean + shift * other.count / count if math.isfinite(shift) else self.mean + other.mean
             return Moments(count, mean, self.m2 + other.m2 + shift * shift * self.count * other.count / count)
-
-
-@dataclass
-class ThresholdCounts:
-    """How many values are at most each threshold of a fixed grid: exact, equality kept, NaN never counted.
-
-    Attributes:
-        grid: [g] thresholds, ascending.
-        cells: [g + 1] values by the first threshold that is not below them; last, those above all (and NaN).
-    """
-
-    grid: Floats
-    cells: Ints = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.cells = np.zeros(len(self.grid) + 1, dtype=np.int64)
-
-    def add(self, values: Floats) -> None:
-        """Count `values` [n]."""
-        self.cells += np.bincount(np.searchsorted(self.grid, values, side="left"), minlength=len(self.cells))
-
-    def __add__(self, other: ThresholdCounts) -> ThresholdCounts:
-        merged = ThresholdCounts(self.grid)
-        merged.cells = self.cells + other.cells
-        return merged
-
-    @property
-    def at_most(self) -> Ints:
-        """[g] how many values are <= grid[i]."""
-        return np.cumsum(self.cells)[:-1]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from trm_audit.pipeline.advantages import Baselines, whole_groups
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.score_shards import DECIDING, find_score_shards, grades_of, judge
 from trm_audit.pipeline.selection import content_digest, digest
+from trm_audit.report.decode import TOKENIZER_FILE
 from trm_audit.report.noise import noise_floor
 from trm_audit.shards import schema
 from trm_audit.shards.publish import STREAM_SHARD, OutputFolder, told_apart
@@ -194,6 +195,7 @@ def _to_folder(
     run = {"kind": "training", "score_run": dict(score_run), "input": digest(fingerprints), **job.settings()}
     run["fingerprint"] = _identity(run)
     with OutputFolder(output, run, overwrite=job.options.overwrite) as folder:
+        folder.carry(shards[0].path.parent.parent / TOKENIZER_FILE)
         watch.start(sum(shard.num_tokens for shard in shards))
         for shard, content in zip(shards, fingerprints, strict=True):
             fingerprint = digest([run["fingerprint"], content])

@@ -1,11 +1,12 @@
-"""Reading score or training shards once, into the summary that all renderings show."""
+"""Reading score or training shards once, into the summary or the comparison that all renderings show."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -15,8 +16,12 @@ from trm_audit.errors import BadInput, UsageError
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.score_shards import check_finished, find_score_shards, grades_in, grades_of, judge
 from trm_audit.report.builder import SummaryBuilder
+from trm_audit.report.compare import Comparison
+from trm_audit.report.compare import compare as compared
+from trm_audit.report.decode import TOKENIZER_FILE, TokenText, token_text
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema
+from trm_audit.shards.publish import publish_text
 from trm_audit.shards.read import Found, Shard, find_shards, open_stream, read_batches, rows_at_once
 
 BATCH_BYTES = 128 << 20
@@ -30,13 +35,25 @@ class ReportOptions:
         criteria: what to judge score shards by; None reports no acceptance (training shards bring their own).
         horizon: T of the bounds; None is the longest response in the data.
         reward_range: R_max - R_min; None is taken from the data.
+        target_acceptance: share of sequences that a threshold shall keep; None asks for none.
+        tokenizer: folder with the `tokenizer.json` that tokens are shown as text with; None takes that of the run.
         allow_partial: take a score folder whose run has not finished.
     """
 
     criteria: Criteria | None = None
     horizon: int | None = None
     reward_range: float | None = None
+    target_acceptance: float | None = None
+    tokenizer: Path | None = None
     allow_partial: bool = False
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One data set read: the totals, which a comparison draws again, and the summary of them."""
+
+    builder: SummaryBuilder
+    summary: AuditSummary
 
 
 def summarize(
@@ -57,22 +74,89 @@ def summarize(
     Raises:
         AuditError: see `errors`.
     """
+    return audit(inputs, options, source=source, progress=progress).summary
+
+
+def compare(a: str, b: str, options: ReportOptions, *, progress: Progress | None = None) -> Comparison:
+    """Two data sets side by side, as before and after a kernel change; differences are b - a.
+
+    Args:
+        a, b: a folder, file or glob each.
+        options: settings of both.
+        progress: who watches.
+
+    Raises:
+        AuditError: see `errors`.
+    """
+    first, second = (audit([each], options, progress=progress) for each in (a, b))
+    return compared(first.builder, second.builder, first.summary, second.summary, a, b)
+
+
+def audit(
+    inputs: Sequence[str],
+    options: ReportOptions,
+    *,
+    source: BinaryIO | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """As `summarize`, with the totals that the summary was made of."""
     watch = progress or Silent()
     if list(inputs) == ["-"]:
         if source is None:
             raise UsageError("no stream was given to read - from")
         stream = open_stream(source, "scores", "training")
-        reading = _Reading(stream.metadata, options, None)
+        reading = _Reading(stream.metadata, options, None, _tokenizer(options, None))
         reading.add(stream, watch)
         run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
         return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))], [run])
     shards = _find(inputs, options, watch)
-    reading = _Reading(shards[0].metadata, options, grades_in(shards))
+    reading = _Reading(shards[0].metadata, options, grades_in(shards), _tokenizer(options, shards[0]))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
         reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)), watch)
     footers = ([shard.json(key) for shard in shards] for key in (schema.COUNTS, schema.RUN))
     return reading.finish(*footers)
+
+
+def report_options(
+    *,
+    horizon: int | None = None,
+    reward_range: float | None = None,
+    target_acceptance: float | None = None,
+    tokenizer: Path | None = None,
+    allow_partial: bool = False,
+    **criteria: Any,
+) -> ReportOptions:
+    """Options with the criteria given one by one, as flags are; none of them is no criteria at all."""
+    given = any(value is not None for name, value in criteria.items() if name != "undecided")
+    chosen = Criteria(**criteria) if given else None
+    return ReportOptions(chosen, horizon, reward_range, target_acceptance, tokenizer, allow_partial)
+
+
+def write_report(text: str, file: Path, *, overwrite: bool = False) -> None:
+    """Writes a report whole or not at all.
+
+    Raises:
+        UsageError: the file is there and says something else.
+        OutputError: it cannot be written.
+    """
+    if file.exists() and not overwrite and file.read_bytes() != text.encode("utf-8"):
+        raise UsageError("is there already", place=str(file), next_step="Use --overwrite, or another -o.")
+    publish_text(file, text)
+
+
+def _tokenizer(options: ReportOptions, shard: Shard | None) -> TokenText | None:
+    """The tokenizer that was named, or the one that lies in the shard's folder."""
+    if options.tokenizer is not None:
+        found = token_text(options.tokenizer)
+        if found is None:
+            raise UsageError(
+                f"{options.tokenizer} has no {TOKENIZER_FILE}",
+                place="--tokenizer",
+                next_step="Name the checkpoint's folder; without one tokens are shown as ids.",
+            )
+        return found
+    return None if shard is None else token_text(shard.path.parent.parent)
 
 
 def _find(inputs: Sequence[str], options: ReportOptions, watch: Progress) -> list[Shard]:
@@ -100,10 +184,17 @@ class _Reading:
         metadata: of the first shard or of the stream.
         options: of the report.
         grades: that occur, None for a stream, whose first batch tells.
+        tokenizer: for tokens as text, or None.
     """
 
-    def __init__(self, metadata: Mapping[bytes, bytes], options: ReportOptions, grades: set[str] | None) -> None:
-        self._options, self._grades = options, grades
+    def __init__(
+        self,
+        metadata: Mapping[bytes, bytes],
+        options: ReportOptions,
+        grades: set[str] | None,
+        tokenizer: TokenText | None,
+    ) -> None:
+        self._options, self._grades, self._tokenizer = options, grades, tokenizer
         self._judged = metadata.get(schema.KIND) == b"training"
         self._criteria = options.criteria
         if self._judged and options.criteria is not None:
@@ -142,18 +233,21 @@ class _Reading:
         own = own.append_column("keep", pa.array(verdicts.keep))
         return own.append_column("reason", pa.array(verdicts.reason, pa.string()))
 
-    def finish(self, counts: Sequence[Mapping[str, object]], runs: Sequence[Mapping[str, object]]) -> AuditSummary:
-        """The summary; counts are those of the footers or the trailer, runs what made the scores."""
+    def finish(self, counts: Sequence[Mapping[str, object]], runs: Sequence[Mapping[str, object]]) -> Audit:
+        """Totals and summary; counts are those of the footers or the trailer, runs what made the scores."""
         total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
         num_dropped = max(0, total - self._builder.counts["n_total"])
         for each in counts if num_dropped else ():
             reasons = each.get("reasons")
             self._builder.reasons.update(reasons if isinstance(reasons, dict) else {})
-        return self._builder.finish(
+        summary = self._builder.finish(
             horizon=self._options.horizon,
             reward_range=self._options.reward_range,
+            target_acceptance=self._options.target_acceptance,
+            tokenizer=self._tokenizer,
             num_skipped=skipped,
             num_dropped=num_dropped,
             runs=[run for run in runs if run],
             limits=limits(self._criteria, self._grades or ()) if self._criteria else (),
         )
+        return Audit(self._builder, summary)

@@ -17,6 +17,7 @@ from trm_audit.pipeline.rollouts import RolloutLoop
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
 from trm_audit.pipeline.worker import Job, Task, load
+from trm_audit.report.decode import TOKENIZER_FILE
 from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
 from trm_audit.shards.read import Shard, StreamSource, find_shards, open_stream
 from trm_audit.shards.write import Sink, StreamSink, head
@@ -107,8 +108,15 @@ def score(
         with OutputFolder(Path(output), team.run, overwrite=options.overwrite, part=options.part) as folder:
             for error in bad:
                 folder.skip(error)
+            _carry_tokenizer(folder, options)
             _score_folder(job, folder, team, result, watch)
     return result
+
+
+def _carry_tokenizer(folder: OutputFolder, options: ScoreOptions) -> None:
+    """A report shows tokens as text with the tokenizer of the model that scored them."""
+    if options.model is not None:
+        folder.carry(options.model / TOKENIZER_FILE)
 
 
 def _tell(remarks: Sequence[str], watch: Progress) -> None:
@@ -221,6 +229,7 @@ def _score_stream(
 
     if isinstance(output, str):
         with OutputFolder(Path(output), run, overwrite=options.overwrite) as folder:
+            _carry_tokenizer(folder, options)
             with folder.stream_shard(metadata) as sink:
                 fill(sink, folder)
             folder.finish([STREAM_SHARD], {"fingerprint": run["fingerprint"]})

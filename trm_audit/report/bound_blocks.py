@@ -31,20 +31,34 @@ def bound_blocks(
     return out
 
 
+def measured_bounds(
+    horizon: int, totals: DivergenceTotals, kl_seq: float, drift: Floats | None, reward_range: float
+) -> ErrorBounds:
+    """The seven bounds with delta and eps as measured.
+
+    Args:
+        horizon: T.
+        totals: of rows with a known maximum.
+        kl_seq: D_seq (nats).
+        drift: [at most T] Dbar_t; None where rows had no per-token values.
+        reward_range: R_max - R_min.
+    """
+    return error_bounds(
+        horizon,
+        kl_max=totals.kl_max,
+        kl_seq=kl_seq,
+        tv_max=totals.tv_max if totals.tv_max > -math.inf else None,
+        tv_by_position=drift,
+        reward_range=reward_range,
+    )
+
+
 def _block(
     subset: str, name: str, totals: DivergenceTotals, horizon: int, reward_range: float, surrogate: float | None
 ) -> BoundsBlock:
     evidence = EVIDENCE[name]
-    tv_max = totals.tv_max if totals.tv_max > -math.inf else None
     drift = totals.tv_by_position()
-    result = error_bounds(
-        horizon,
-        kl_max=totals.kl_max,
-        kl_seq=totals.kl_seq / totals.rows,
-        tv_max=tv_max,
-        tv_by_position=drift,
-        reward_range=reward_range,
-    )
+    result = measured_bounds(horizon, totals, totals.kl_seq / totals.rows, drift, reward_range)
     inputs = _inputs(evidence, totals, drift, result)
     best = result.bounds[result.minimum]
     minorizer = None if surrogate is None else Bound(surrogate - best.published, surrogate - best.sharp)

@@ -19,23 +19,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trm_audit.errors import UsageError
-from trm_audit.numerics.histogram import LogHistogram, PairCounts, ThresholdCounts
+from trm_audit.numerics.histogram import LogHistogram, PairCounts
 from trm_audit.numerics.ragged import Bools, Floats
+from trm_audit.report.bins import GroupTotals, RoutingTotals, TokenBinTotals, TokenIdTotals
 from trm_audit.report.breakdown import CategoryTotals, categories
 from trm_audit.report.columns import ScoreBatch
-from trm_audit.report.finish import summarize
+from trm_audit.report.decode import TokenText
+from trm_audit.report.deltas import DeltaTotals
+from trm_audit.report.distributions import ProbabilityTotals
+from trm_audit.report.finish import Settings, summarize
+from trm_audit.report.impulses import ImpulseTotals
+from trm_audit.report.lengths import LengthTotals
+from trm_audit.report.metrics import MetricTotals
+from trm_audit.report.quality import QualityTotals
 from trm_audit.report.rewards import RewardTotals
 from trm_audit.report.summary import AuditSummary, Thresholds
-from trm_audit.report.totals import EVIDENCE, ClusterTotals, DivergenceTotals, ImportanceTotals, evidence_rows
+from trm_audit.report.totals import EVIDENCE, ClusterTotals, DivergenceTotals, evidence_rows, merged
+from trm_audit.report.worst import WorstTotals
 from trm_audit.rollout import DIVERGENCES, SAMPLED_DIVERGENCES, TOKEN_SCORES
 
-DELTAS = np.array([float(f"{m}e{e}") for e in range(-6, 4) for m in (1, 1.5, 2, 3, 5, 7)] + [1e4])
-"""Thresholds of the acceptance curves."""
 PAIR_DELTAS = np.array([float(f"{m}e{e}") for e in range(-6, 1) for m in (1, 2, 5)] + [10.0])
 """Thresholds of the combined criterion, in both directions."""
 BREAKDOWNS = ("engine", "policy_version", "staleness")
+PARTS = (
+    "rewards",
+    "quality",
+    "metrics",
+    "probabilities",
+    "deltas",
+    "lengths",
+    "bins",
+    "token_ids",
+    "by_group",
+    "routing",
+    "impulses",
+    "worst",
+)
+"""Accumulators that take every batch, each the source of the block of its name."""
 
-_NONNEGATIVE = tuple(name for name in DIVERGENCES if name not in ("log_ratio", "ratio", "k1"))
 _CLUSTERED = ("seq_sum_kl", "seq_sum_kl_lower", "seq_sum_kl_upper", "seq_sum_k3", "violation")
 _TOKEN_QUANTITIES = tuple(dict.fromkeys((*SAMPLED_DIVERGENCES, *TOKEN_SCORES[1:])))
 
@@ -59,13 +80,22 @@ class SummaryBuilder:
         self.largest_compared = -np.inf
         self.tokens: dict[str, LogHistogram] = {}
         self.sequences: dict[str, LogHistogram] = {}
-        self.curves: dict[str, ThresholdCounts] = {}
         self.pairs: dict[tuple[str, str], PairCounts] = {}
         self.evidence: dict[tuple[str, str], DivergenceTotals] = {}
         self.clusters = ClusterTotals(_CLUSTERED)
-        self.importance = ImportanceTotals()
         self.rewards = RewardTotals()
         self.breakdowns: dict[str, CategoryTotals] = {}
+        self.quality = QualityTotals()
+        self.metrics = MetricTotals()
+        self.probabilities = ProbabilityTotals()
+        self.deltas = DeltaTotals(self.thresholds)
+        self.lengths = LengthTotals(self.thresholds)
+        self.bins = TokenBinTotals()
+        self.token_ids = TokenIdTotals()
+        self.by_group = GroupTotals()
+        self.routing = RoutingTotals()
+        self.impulses = ImpulseTotals()
+        self.worst = WorstTotals(self.thresholds)
 
     def add(self, record_batch: pa.RecordBatch) -> None:
         """Add one batch of a score shard or a training shard; any subset of their columns will do.
@@ -84,8 +114,8 @@ class SummaryBuilder:
         self._accept(batch)
         self._compare(batch)
         self._bound(batch, keep)
-        self.importance.add(batch)
-        self.rewards.add(batch, keep)
+        for name in PARTS:
+            getattr(self, name).add(batch, keep)
         for column in BREAKDOWNS:
             found = categories(batch, column)
             if found is not None:
@@ -96,20 +126,22 @@ class SummaryBuilder:
             raise UsageError(
                 "Two summaries with different thresholds cannot be added", next_step="Build both with the same."
             )
-        merged = SummaryBuilder(self.thresholds, self.criteria)
-        merged.longest = max(self.longest, other.longest)
-        merged.largest_compared = max(self.largest_compared, other.largest_compared)
-        for name in ("counts", "grades", "audited_policies", "reasons", "clusters", "importance", "rewards"):
-            setattr(merged, name, getattr(self, name) + getattr(other, name))
-        for name in ("tokens", "sequences", "curves", "pairs", "evidence", "breakdowns"):
-            setattr(merged, name, _merge(getattr(self, name), getattr(other, name)))
-        return merged
+        both = SummaryBuilder(self.thresholds, self.criteria)
+        both.longest = max(self.longest, other.longest)
+        both.largest_compared = max(self.largest_compared, other.largest_compared)
+        for name in ("counts", "grades", "audited_policies", "reasons", "clusters", *PARTS):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        for name in ("tokens", "sequences", "pairs", "evidence", "breakdowns"):
+            setattr(both, name, merged(getattr(self, name), getattr(other, name)))
+        return both
 
     def finish(
         self,
         *,
         horizon: int | None = None,
         reward_range: float | None = None,
+        target_acceptance: float | None = None,
+        tokenizer: TokenText | None = None,
         num_skipped: int = 0,
         num_dropped: int = 0,
         runs: Sequence[Mapping[str, Any]] = (),
@@ -120,6 +152,8 @@ class SummaryBuilder:
         Args:
             horizon: T of the bounds, in policy tokens; the longest response if None.
             reward_range: R_max - R_min; if None 1 where all rewards lie in [0, 1], otherwise what was observed.
+            target_acceptance: share of sequences for which to name thresholds, in (0, 1].
+            tokenizer: shows tokens as text.
             num_skipped: rows that scoring left out, from the shards' counts.
             num_dropped: rejected rows that filtering removed (`n_total` minus the rows of the training shards); they
                 count in N.
@@ -130,7 +164,10 @@ class SummaryBuilder:
             UsageError: the horizon is shorter than the longest response.
             BadInput: a run's noise floor cannot be read.
         """
-        return summarize(self, horizon, reward_range, num_skipped, num_dropped, runs, limits)
+        found = Settings(
+            horizon, reward_range, target_acceptance, tokenizer, num_skipped, num_dropped, tuple(runs), tuple(limits)
+        )
+        return summarize(self, found)
 
     def _keep(self, batch: ScoreBatch) -> Bools | None:
         return batch.filled("keep") == 1 if batch.has("keep") else None
@@ -169,10 +206,7 @@ class SummaryBuilder:
                 self.sequences.setdefault(name, LogHistogram()).add(values[~np.isnan(values)])
 
     def _accept(self, batch: ScoreBatch) -> None:
-        for name in (f"seq_{kind}_{divergence}" for kind in ("max", "mean", "sum") for divergence in _NONNEGATIVE):
-            if name in self.sequences and batch.has(name):
-                values = batch.filled(name)
-                self.curves.setdefault(name, ThresholdCounts(DELTAS)).add(values[~np.isnan(values)])
+        """Pairs of a largest and a mean divergence, for the combined criterion."""
         chosen = (self.thresholds.max_of, self.thresholds.avg_of)
         for max_of, avg_of in dict.fromkeys([("kl", "kl"), ("k2", "k3"), chosen]):
             largest, mean = batch.floats(f"seq_max_{max_of}"), batch.floats(f"seq_mean_{avg_of}")
@@ -220,8 +254,3 @@ class SummaryBuilder:
             for subset, chosen in (("all", members), ("kept", members & keep if keep is not None else None)):
                 if chosen is not None and chosen.any():
                     self.evidence.setdefault((subset, name), DivergenceTotals()).add(batch, evidence, chosen)
-
-
-def _merge(a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
-    """Values of equal keys are added."""
-    return {key: a[key] + b[key] if key in a and key in b else a.get(key, b.get(key)) for key in (*a, *b)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +17,12 @@ import pyarrow.compute as pc
 from trm_audit.errors import BadInput
 from trm_audit.numerics.estimators import sampled_divergences
 from trm_audit.numerics.ragged import Bools, Floats, Ints
-from trm_audit.rollout import SAMPLED_DIVERGENCES
+from trm_audit.rollout import SAMPLED_DIVERGENCES, TOKEN_SCORES
 
 TV_FROM_RATIO = "half_abs_ratio_minus_1"
 """|ratio - 1| / 2: its expectation under the rollout policy is the total variation; a single value is not."""
+
+_LISTS = ("response_mask", "response_ids", "rollout_logprobs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,23 @@ class TokenColumn:
     present: Bools
 
 
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The policy tokens of a batch, flat, row after row: what `aligned` and `token_ids` are parallel to.
+
+    Attributes:
+        rows: [n] row of the batch.
+        positions: [n] number of policy tokens before it in its row.
+        indices: [n] its index in `response_ids`.
+
+    Worked instance: response_mask [[1, 0, 1], [1]]: rows [0, 0, 1], positions [0, 1, 0], indices [0, 2, 0].
+    """
+
+    rows: Ints
+    positions: Ints
+    indices: Ints
+
+
 class ScoreBatch:
     """The columns of one batch, read on first use and kept."""
 
@@ -50,6 +70,7 @@ class ScoreBatch:
         self.num_rows: int = batch.num_rows
         self._names = set(batch.schema.names)
         self._floats: dict[str, Floats | None] = {}
+        self._aligned: dict[str, Floats | None] = {}
         self._tokens: dict[str, TokenColumn | None] = {}
 
     def has(self, name: str) -> bool:
@@ -83,52 +104,97 @@ class ScoreBatch:
         out: Bools = self.filled("num_tokens") == 0
         return out
 
-    def tokens(self, name: str) -> TokenColumn | None:
-        """A per-token quantity: a list column, or what follows from `log_ratio`; None without such a list."""
-        if name not in self._tokens:
-            derived = name == TV_FROM_RATIO or (name in SAMPLED_DIVERGENCES and name != "log_ratio")
-            self._tokens[name] = self._derived(name) if derived else self._listed(name)
-        return self._tokens[name]
+    @cached_property
+    def lengths(self) -> Ints:
+        """[rows] entries of the row's per-token lists; 0 where it has none."""
+        out = np.full(self.num_rows, -1, dtype=np.int64)
+        for name in (*_LISTS, *TOKEN_SCORES):
+            column = self._list_column(name)
+            if column is not None and (out < 0).any():
+                out = np.where(out >= 0, out, _lengths(column))
+        return np.maximum(out, 0)
 
-    def _derived(self, name: str) -> TokenColumn | None:
-        source = self.tokens("log_ratio")
-        if source is None:
-            return None
-        for key, values in sampled_divergences(source.values).items():
-            self._tokens[key] = TokenColumn(values, source.rows, source.positions, source.present)
-        half = np.abs(np.expm1(np.minimum(source.values, 700.0))) / 2
-        self._tokens[TV_FROM_RATIO] = TokenColumn(half, source.rows, source.positions, source.present)
-        return self._tokens[name]
+    @cached_property
+    def _sampled(self) -> Bools:
+        """[entries] True where the policy sampled the token; all true for rows without `response_mask`."""
+        column = self._list_column("response_mask")
+        if column is None:
+            return np.ones(int(self.lengths.sum()), dtype=bool)
+        sampled: Bools = self._spread("response_mask", column, 1.0) == 1
+        return sampled
 
-    def _listed(self, name: str) -> TokenColumn | None:
-        if not self.has(name) or not _is_list(self.batch.column(name).type):
-            return None
-        column = self.batch.column(name)
-        present = column.is_valid().to_numpy(zero_copy_only=False)
-        lengths = _lengths(column)
-        rows = np.repeat(np.arange(self.num_rows), lengths)
-        values = _to_floats(column.flatten())
-        mask = self._response_mask(name, lengths, rows, present) & ~np.isnan(values)
-        before: Ints = np.cumsum(mask) - mask
-        starts = np.cumsum(lengths) - lengths
+    @cached_property
+    def policy_tokens(self) -> PolicyTokens:
+        """Where the policy tokens of the batch are."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        rows = np.repeat(np.arange(self.num_rows), self.lengths)
+        before: Ints = np.cumsum(self._sampled) - self._sampled
         positions = before - np.append(before, 0)[starts][rows]
-        return TokenColumn(values[mask], rows[mask], positions[mask], present)
+        indices = np.arange(len(rows)) - starts[rows]
+        inside = self._sampled
+        return PolicyTokens(rows[inside], positions[inside], indices[inside])
 
-    def _response_mask(self, name: str, lengths: Ints, rows: Ints, present: Bools) -> Bools:
-        """[n] True where the policy sampled the token; all true without the column."""
-        if not self.has("response_mask"):
-            return np.ones(len(rows), dtype=bool)
-        column = self.batch.column("response_mask")
-        given = column.is_valid().to_numpy(zero_copy_only=False)
-        mask_lengths = _lengths(column)
-        wrong = np.flatnonzero(present & given & (mask_lengths != lengths))
+    def aligned(self, name: str) -> Floats | None:
+        """[policy tokens] a per-token quantity, NaN where a row or a token has none; None without such a list.
+
+        A list column, or what follows from `log_ratio`.
+        """
+        if name not in self._aligned:
+            derived = name == TV_FROM_RATIO or (name in SAMPLED_DIVERGENCES and name != "log_ratio")
+            column = None if derived else self._list_column(name)
+            if derived:
+                self._derive(name)
+            else:
+                self._aligned[name] = None if column is None else self._spread(name, column, np.nan)[self._sampled]
+        return self._aligned[name]
+
+    def token_ids(self) -> Ints | None:
+        """[policy tokens] `response_ids`; None without the column."""
+        column = self._list_column("response_ids")
+        return None if column is None else self._spread("response_ids", column, -1.0)[self._sampled].astype(np.int64)
+
+    def tokens(self, name: str) -> TokenColumn | None:
+        """The known values of a per-token quantity; None without such a list."""
+        if name not in self._tokens:
+            values = self.aligned(name)
+            self._tokens[name] = None if values is None else self._known(name, values)
+        return self._tokens[name]
+
+    def _known(self, name: str, values: Floats) -> TokenColumn:
+        source = self._list_column(name if self.has(name) else "log_ratio")
+        present = np.zeros(self.num_rows, dtype=bool) if source is None else np.asarray(source.is_valid())
+        known = ~np.isnan(values)
+        where = self.policy_tokens
+        if known.all():
+            return TokenColumn(values, where.rows, where.positions, present)
+        return TokenColumn(values[known], where.rows[known], where.positions[known], present)
+
+    def _derive(self, name: str) -> None:
+        source = self.aligned("log_ratio")
+        if source is None:
+            self._aligned[name] = None
+            return
+        self._aligned.update(sampled_divergences(source))
+        self._aligned[TV_FROM_RATIO] = np.abs(np.expm1(np.minimum(source, 700.0))) / 2
+
+    def _list_column(self, name: str) -> pa.Array | None:
+        return self.batch.column(name) if self.has(name) and _is_list(self.batch.column(name).type) else None
+
+    def _spread(self, name: str, column: pa.Array, missing: float) -> Floats:
+        """[entries] the values of a list column; `missing` for rows whose list is null, NaN for null entries.
+
+        Raises:
+            BadInput: a row's list is not as long as its others.
+        """
+        entries = _lengths(column)
+        wrong = np.flatnonzero((entries >= 0) & (entries != self.lengths))
         if len(wrong):
-            raise _length_error(name, int(wrong[0]), int(lengths[wrong[0]]), int(mask_lengths[wrong[0]]))
-        mask = column.flatten().fill_null(False).to_numpy(zero_copy_only=False)
-        inside = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]
-        known = given[rows]
-        out = np.ones(len(rows), dtype=bool)
-        out[known] = mask[((np.cumsum(mask_lengths) - mask_lengths)[rows] + inside)[known]]
+            raise _length_error(name, int(wrong[0]), int(entries[wrong[0]]), int(self.lengths[wrong[0]]))
+        values = _to_floats(column.flatten())
+        if not column.null_count:
+            return values
+        out = np.full(int(self.lengths.sum()), missing)
+        out[np.repeat(entries >= 0, self.lengths)] = values
         return out
 
 
@@ -140,14 +206,15 @@ def oldest_policy_version(batch: ScoreBatch) -> Floats | None:
     if not _is_list(column.type):
         return batch.floats("policy_version")
     out = np.full(batch.num_rows, np.inf)
+    lengths = np.maximum(_lengths(column), 0)
     values = _to_floats(column.flatten())
     if batch.has("response_mask"):
         masks = batch.batch.column("response_mask")
-        known = np.repeat(np.asarray(masks.is_valid()), _lengths(column))
+        known = np.repeat(np.asarray(masks.is_valid()), lengths)
         inside = np.ones(len(values), dtype=bool)
         inside[known] = _to_floats(masks.filter(column.is_valid()).flatten()) == 1
         values = np.where(inside, values, np.nan)
-    np.fmin.at(out, np.repeat(np.arange(batch.num_rows), _lengths(column)), values)
+    np.fmin.at(out, np.repeat(np.arange(batch.num_rows), lengths), values)
     out[np.isinf(out)] = np.nan
     return out
 
@@ -157,7 +224,8 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _lengths(column: pa.Array) -> Ints:
-    lengths: Ints = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    """[rows] entries of each list, -1 for null."""
+    lengths: Ints = pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     return lengths
 
 
@@ -167,9 +235,9 @@ def _to_floats(column: pa.Array) -> Floats:
     return values
 
 
-def _length_error(name: str, row: int, entries: int, mask_entries: int) -> BadInput:
+def _length_error(name: str, row: int, entries: int, others: int) -> BadInput:
     return BadInput(
-        f"{name} has {entries} tokens, response_mask has {mask_entries}",
+        f"{name} has {entries} tokens, other per-token columns have {others}",
         place=f"row {row} of the batch",
         next_step="Per-token columns of a row must have equal length (schemas/rollout.md, rule 4).",
     )

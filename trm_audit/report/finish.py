@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,21 +12,23 @@ import numpy as np
 from trm_audit.errors import UsageError
 from trm_audit.numerics.confidence import clopper_pearson_upper, clustered_mean
 from trm_audit.numerics.histogram import LogHistogram
+from trm_audit.numerics.ragged import Floats
 from trm_audit.report import words
+from trm_audit.report.bins import EDGES
 from trm_audit.report.bound_blocks import bound_blocks
-from trm_audit.report.breakdown import MAIN_DIVERGENCES, CategoryTotals
+from trm_audit.report.breakdown import MAIN_DIVERGENCES
+from trm_audit.report.decode import TokenText
+from trm_audit.report.distributions import distribution
+from trm_audit.report.findings import evidence, findings
+from trm_audit.report.horizons import bound_curves
 from trm_audit.report.noise import differing, noise_floor
 from trm_audit.report.rewards import PPO_CLIP, RewardTotals
 from trm_audit.report.summary import (
-    AcceptanceCurves,
     AuditSummary,
-    BoundsBlock,
     Category,
     CategoryDivergence,
     CombinedAcceptance,
     Counts,
-    Curve,
-    Importance,
     PpoTerms,
     Quantiles,
     Rewards,
@@ -34,7 +37,7 @@ from trm_audit.report.summary import (
     TokenMasking,
     Violations,
 )
-from trm_audit.report.totals import ClusterTotals, ImportanceTotals
+from trm_audit.report.totals import ClusterTotals
 from trm_audit.rollout import EXACT_DIVERGENCES, GRADES, INTERVAL_DIVERGENCES, SAMPLED_DIVERGENCES
 
 if TYPE_CHECKING:
@@ -42,66 +45,136 @@ if TYPE_CHECKING:
 
 _RANKED = (*EXACT_DIVERGENCES, *INTERVAL_DIVERGENCES, *SAMPLED_DIVERGENCES)
 _STATISTICS = [f"seq_{kind}_{divergence}" for divergence in _RANKED for kind in ("max", "mean", "sum")]
+_DRAWN = [
+    *MAIN_DIVERGENCES,
+    *(f"seq_{kind}_{divergence}" for kind in ("max", "mean") for divergence in MAIN_DIVERGENCES),
+]
+"""Quantities whose distribution is shown."""
 _ORDER = {name: at for at, name in enumerate(_STATISTICS)}
 
 
-def summarize(
-    builder: SummaryBuilder,
-    horizon: int | None,
-    reward_range: float | None,
-    num_skipped: int,
-    num_dropped: int,
-    runs: Sequence[Mapping[str, Any]],
-    limits: Sequence[tuple[str, float]],
-) -> AuditSummary:
-    """All numbers of the report; the arguments are those of `SummaryBuilder.finish`."""
-    counts = _counts(builder, _horizon(builder, horizon), num_skipped, num_dropped)
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `SummaryBuilder.finish`."""
+
+    horizon: int | None
+    reward_range: float | None
+    target_acceptance: float | None
+    tokenizer: TokenText | None
+    num_skipped: int
+    num_dropped: int
+    runs: Sequence[Mapping[str, Any]]
+    limits: Sequence[tuple[str, float]]
+
+
+def summarize(builder: SummaryBuilder, settings: Settings) -> AuditSummary:
+    """All numbers of the report."""
+    counts = _counts(builder, _horizon(builder, settings.horizon), settings)
     decided = builder.counts["num_decided"] == builder.counts["n_total"] > 0
-    rewards = _rewards(builder.rewards, reward_range, counts.n_total if decided else None)
+    rewards = _rewards(builder.rewards, settings.reward_range, counts.n_total if decided else None)
     n_kept = builder.counts["n_kept"] if decided else None
-    whole = num_dropped == 0  # otherwise only kept rows are here, and what is said of all of them would be false
-    violations = _violations(builder, counts.num_groups is not None) if whole else None
-    sequences = {
-        name: _quantiles(builder.sequences[name]) for name in sorted(builder.sequences, key=_ORDER.__getitem__)
-    }
-    bounds = _bounds(builder, counts, rewards, whole)
-    floor = noise_floor(runs, limits)
-    notes = words.notes(counts, bounds, violations is not None, "seq_sum_k3" in builder.sequences)
-    return AuditSummary(
-        verdict=words.verdict(counts, sequences, n_kept, builder.criteria),
-        notes=words.noise_notes(floor, differing(runs)) + notes,
+    whole = settings.num_dropped == 0  # otherwise only kept rows are here, and what is said of all would be false
+    metrics = builder.metrics.finish()
+    if not (decided and whole):
+        metrics.pop("acceptance", None)
+    floor = noise_floor(settings.runs, settings.limits)
+    summary = AuditSummary(
+        verdict="",
+        notes=[],
         counts=counts,
-        run=dict(runs[0]) if runs else None,
+        run=dict(settings.runs[0]) if settings.runs else None,
         criteria=builder.criteria,
         thresholds=builder.thresholds,
         noise_floor=floor,
         n_kept=n_kept,
         acceptance=None if n_kept is None else n_kept / counts.n_total,
         reasons=dict(sorted(builder.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
-        tokens={name: _quantiles(histogram) for name, histogram in sorted(builder.tokens.items())},
-        sequences=sequences,
-        acceptance_curves=_curves(builder, counts.num_without_policy_tokens) if whole else AcceptanceCurves([], {}),
-        acceptance_combined=_combined(builder, counts.num_without_policy_tokens) if whole else [],
-        violations=violations,
-        d_max={name: spread.max for name, spread in sequences.items() if name.startswith("seq_max_")},
-        d_seq=_sequence_totals(builder.clusters),
-        bounds=bounds,
-        rewards=rewards if builder.rewards.num_advantages else None,
-        ppo=_ppo(builder.rewards),
-        token_masking=_token_masking(builder, violations),
-        importance=_importance(builder),
-        elsewhere=_elsewhere(builder),
-        **{f"by_{name}": _categories(totals, decided and whole) for name, totals in builder.breakdowns.items()},
+        violations=_violations(builder, counts.num_groups is not None) if whole else None,
+        metrics=metrics,
+        **_spreads(builder),
+        **(_choices(builder, counts, settings) if whole else {}),
+        **_guarantees(builder, counts, rewards, whole),
+        **_reasons(builder, decided and whole, settings.tokenizer),
+        worst=builder.worst.finish(settings.tokenizer),
+    )
+    return _in_words(builder, summary, settings)
+
+
+def _in_words(builder: SummaryBuilder, summary: AuditSummary, settings: Settings) -> AuditSummary:
+    """The summary with its sentences: verdict, evidence, warnings, notes."""
+    warnings = findings(
+        builder.quality,
+        counts=summary.counts,
+        metrics=summary.metrics,
+        acceptance=summary.acceptance,
+        noise_floor=summary.noise_floor,
+        violations=summary.violations,
+        tokenizer=settings.tokenizer,
+    )
+    compared, sampled = summary.violations is not None, "seq_sum_k3" in summary.sequences
+    notes = words.notes(summary.counts, summary.bounds, compared, sampled)
+    return replace(
+        summary,
+        verdict=words.verdict(summary.counts, summary.sequences, summary.n_kept, summary.criteria),
+        evidence=evidence(summary.counts),
+        num_warnings=len(warnings),
+        warnings=warnings,
+        notes=words.run_notes(differing(settings.runs)) + notes,
+        token_masking=_token_masking(builder, summary.violations),
     )
 
 
-def _bounds(
-    builder: SummaryBuilder, counts: Counts, rewards: Rewards, whole: bool
-) -> dict[str, dict[str, BoundsBlock]]:
-    """Of the kept rows only where the others are not here."""
+def _spreads(builder: SummaryBuilder) -> dict[str, Any]:
+    """How far apart: quantiles and distributions, per token and per sequence."""
+    sequences = {name: builder.sequences[name] for name in sorted(builder.sequences, key=_ORDER.__getitem__)}
+    tokens = dict(sorted(builder.tokens.items()))
+    drawn = {**tokens, **sequences}
+    quantiles = {name: _quantiles(histogram) for name, histogram in sequences.items()}
+    return {
+        "tokens": {name: _quantiles(histogram) for name, histogram in tokens.items()},
+        "sequences": quantiles,
+        "distributions": {name: distribution(drawn[name]) for name in _DRAWN if name in drawn},
+        "probabilities": builder.probabilities.finish(),
+        "d_max": {name: spread.max for name, spread in quantiles.items() if name.startswith("seq_max_")},
+        "d_seq": _sequence_totals(builder.clusters),
+    }
+
+
+def _choices(builder: SummaryBuilder, counts: Counts, settings: Settings) -> dict[str, Any]:
+    """What thresholds would do; only where all sequences are there."""
+    wanted = settings.target_acceptance
+    return {
+        "acceptance_curves": builder.deltas.curves(),
+        "acceptance_combined": _combined(builder, counts.num_without_policy_tokens),
+        "delta_tables": builder.deltas.tables(),
+        "targets": [] if wanted is None else builder.deltas.targets(wanted),
+        "acceptance_by_length": builder.lengths.finish(),
+    }
+
+
+def _guarantees(builder: SummaryBuilder, counts: Counts, rewards: Rewards, whole: bool) -> dict[str, Any]:
+    """Bounds and objectives; of the kept rows only where the others are not here."""
     surrogate = None if rewards.surrogate is None else rewards.surrogate.mean
     blocks = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate)
-    return blocks if whole else {subset: found for subset, found in blocks.items() if subset != "all"}
+    return {
+        "bounds": blocks if whole else {subset: found for subset, found in blocks.items() if subset != "all"},
+        "bounds_by_horizon": bound_curves(builder.evidence, counts, rewards.reward_range) if whole else {},
+        "rewards": rewards if builder.rewards.num_advantages else None,
+    }
+
+
+def _reasons(builder: SummaryBuilder, decided: bool, tokenizer: TokenText | None) -> dict[str, Any]:
+    """Where the divergence comes from."""
+    by_row = {f"by_{name}": _categories(totals.rows(), decided) for name, totals in builder.breakdowns.items()}
+    return {
+        **by_row,
+        **{f"by_{axis}": builder.bins.finish(axis) for axis in EDGES},
+        "by_token": builder.token_ids.finish(tokenizer),
+        "by_group": _categories(builder.by_group.rows(), decided),
+        "impulses": builder.impulses.finish(),
+        "routing": builder.routing.finish(),
+        "ppo": _ppo(builder.rewards),
+    }
 
 
 def _horizon(builder: SummaryBuilder, given: int | None) -> int | None:
@@ -115,11 +188,11 @@ def _horizon(builder: SummaryBuilder, given: int | None) -> int | None:
     return given or seen or None
 
 
-def _counts(builder: SummaryBuilder, horizon: int | None, num_skipped: int, num_dropped: int) -> Counts:
+def _counts(builder: SummaryBuilder, horizon: int | None, settings: Settings) -> Counts:
     known = builder.counts
     num_groups = len(builder.clusters.groups.index) + known["n_total"] - known["num_grouped"]
     return Counts(
-        n_total=known["n_total"] + num_dropped,
+        n_total=known["n_total"] + settings.num_dropped,
         grades={grade: builder.grades[grade] for grade in GRADES if grade in builder.grades},
         audited_policies=dict(sorted(builder.audited_policies.items())),
         num_tokens=known["num_tokens"],
@@ -127,8 +200,8 @@ def _counts(builder: SummaryBuilder, horizon: int | None, num_skipped: int, num_
         num_without_policy_tokens=known["num_without_policy_tokens"],
         num_disagreements=known["num_disagreements"],
         num_infinite=known["num_infinite"],
-        num_skipped=num_skipped,
-        num_dropped=num_dropped,
+        num_skipped=settings.num_skipped,
+        num_dropped=settings.num_dropped,
         horizon=horizon,
     )
 
@@ -136,16 +209,6 @@ def _counts(builder: SummaryBuilder, horizon: int | None, num_skipped: int, num_
 def _quantiles(histogram: LogHistogram) -> Quantiles:
     inner = {name: histogram.quantile(q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999))}
     return Quantiles(n=histogram.count, min=histogram.min, max=histogram.max, mean=histogram.mean, **inner)
-
-
-def _curves(builder: SummaryBuilder, num_empty: int) -> AcceptanceCurves:
-    curves, deltas = {}, []
-    for name in sorted(builder.curves, key=_ORDER.__getitem__):
-        counts = builder.curves[name]
-        n = int(counts.cells.sum()) + num_empty
-        deltas = counts.grid.tolist()
-        curves[name] = Curve(n, (counts.at_most / n).tolist())
-    return AcceptanceCurves(deltas, curves)
 
 
 def _combined(builder: SummaryBuilder, num_empty: int) -> list[CombinedAcceptance]:
@@ -213,55 +276,13 @@ def _token_masking(builder: SummaryBuilder, violations: Violations | None) -> To
     return TokenMasking(violations.divergence, violations.delta_max, n, dropped, dropped / n, peak, peak)
 
 
-def _importance(builder: SummaryBuilder) -> Importance:
-    totals = builder.importance
-    n = totals.num_tokens
-    mean_ratio = totals.ratio / n if n else _mean_ratio_from_sequences(builder)
-    ess_token = _divide(totals.ratio, totals.ratio_squared) * mean_ratio if n else math.nan
-    return Importance(mean_ratio, ess_token, _sequence_ess(totals))
-
-
-def _mean_ratio_from_sequences(builder: SummaryBuilder) -> float:
-    sums = builder.sequences.get("seq_sum_ratio")
-    return math.nan if sums is None else _divide(sums.total, builder.counts["num_tokens"])
-
-
-def _sequence_ess(totals: ImportanceTotals) -> float:
-    """(sum w)^2 / (n sum w^2) of w = exp(seq_sum_log_ratio)."""
-    exponent = 2 * totals.log_weights - totals.log_squares
-    return math.exp(exponent) / totals.num_sequences if math.isfinite(exponent) else math.nan
-
-
-def _elsewhere(builder: SummaryBuilder) -> dict[str, float]:
-    """Metrics that other projects log, token means over all policy tokens."""
-    totals, n = builder.importance, builder.importance.num_tokens
-    sums = {
-        name: builder.sequences[f"seq_sum_{name}"].total
-        for name in ("k1", "k3")
-        if f"seq_sum_{name}" in builder.sequences
-    }
-    named = {
-        "verl_kl": _divide(sums.get("k1", math.nan), builder.counts["num_tokens"]),
-        "verl_k3_kl": _divide(sums.get("k3", math.nan), builder.counts["num_tokens"]),
-        "verl_log_ppl_abs_diff": _divide(totals.absolute_mean, totals.num_means),
-        "verl_chi2_token": _divide(totals.ratio_squared, n) - 1,
-        "verl_chi2_seq": _divide(_exp(totals.log_squares), totals.num_sequences) - 1,
-        "nemo_rl_token_mult_prob_error": _divide(totals.multiplicative, n),
-    }
-    return {name: value for name, value in named.items() if not math.isnan(value)}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 709 else math.inf
-
-
 def _divide(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def _categories(totals: CategoryTotals, decided: bool) -> list[Category]:
+def _categories(found: list[tuple[Hashable, Floats, Floats]], decided: bool) -> list[Category]:
     out = []
-    for value, sums, maxima in totals.rows():
+    for value, sums, maxima in found:
         rows, tokens, kept = sums[:3]
         divergences = {
             name: CategoryDivergence(_divide(float(sums[4 + 2 * at]), float(sums[3 + 2 * at])), float(maxima[at]))

@@ -10,10 +10,9 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trm_audit.errors import UsageError
-from trm_audit.report.summary import AuditSummary
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -63,7 +62,14 @@ def parse_gate(text: str) -> Gate:
     return Gate(found[1], found[2], number)
 
 
-def check(gates: Iterable[Gate], summary: AuditSummary) -> list[str]:
+class Report(Protocol):
+    """A summary or a comparison."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+
+
+def check(gates: Iterable[Gate], summary: Report) -> list[str]:
     """One message per gate that fails: its condition holds, or the report does not know the number.
 
     Raises:

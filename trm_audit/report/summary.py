@@ -14,9 +14,24 @@ from typing import Any
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
+from trm_audit.report.blocks import (
+    AcceptanceByLength,
+    BoundCurves,
+    DeltaTable,
+    Distribution,
+    Finding,
+    Impulses,
+    Metric,
+    ProbabilityDensity,
+    Routing,
+    Target,
+    TokenBin,
+    TokenRow,
+    WorstSequence,
+)
 from trm_audit.report.noise import NoiseFloor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -201,15 +216,6 @@ class TokenMasking:
 
 
 @dataclass(frozen=True)
-class Importance:
-    """Importance weights: mean ratio and effective sample size as a share, of tokens and of whole sequences."""
-
-    mean_ratio: float
-    ess_token: float
-    ess_seq: float
-
-
-@dataclass(frozen=True)
 class CategoryDivergence:
     """Mean over tokens and largest value of one divergence."""
 
@@ -228,24 +234,34 @@ class Category:
     divergences: dict[str, CategoryDivergence]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditSummary:
     """Everything a report says. The fields stand in the order of a reader's questions; each type explains itself.
 
     Attributes:
         verdict: the outcome in one sentence.
+        evidence: the grade in words and what it permits to claim.
+        warnings: what a reader must know before the numbers; `num_warnings` counts them.
         notes: what the numbers do and do not claim.
         run: what scored the rollouts (model, hash, precision), as the first shard's footer says; None if none does.
         criteria: the criteria in words, as given.
         noise_floor: of the runs below float32; None where there is none.
         acceptance: n_kept / n_total; None where nothing was decided.
         reasons: rejected rows by cause (a row with several causes counts once for each).
+        metrics: figures that training logs show too, by our name.
         d_max: largest `seq_max_*` seen; d_seq: mean `seq_sum_*`.
+        delta_tables: what thresholds on a statistic would do, by statistic.
+        targets: thresholds for the wanted acceptance.
         bounds: `all` and, where there are verdicts, `kept` -> evidence -> block.
-        elsewhere: the same quantities under the names other projects log them by.
+        bounds_by_horizon: evidence -> the bounds over all rows as functions of the horizon.
+        by_token: the token ids that carry most of the divergence; by_group: the groups.
+        worst: the sequences with the largest divergences.
     """
 
     verdict: str
+    evidence: str = ""
+    num_warnings: int = 0
+    warnings: list[Finding] = field(default_factory=list)
     notes: list[str]
     counts: Counts
     run: dict[str, Any] | None
@@ -255,22 +271,36 @@ class AuditSummary:
     n_kept: int | None
     acceptance: float | None
     reasons: dict[str, int]
+    violations: Violations | None
     tokens: dict[str, Quantiles]
     sequences: dict[str, Quantiles]
-    acceptance_curves: AcceptanceCurves
-    acceptance_combined: list[CombinedAcceptance]
-    violations: Violations | None
+    distributions: dict[str, Distribution] = field(default_factory=dict)
+    probabilities: ProbabilityDensity | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    acceptance_curves: AcceptanceCurves = field(default_factory=lambda: AcceptanceCurves([], {}))
+    acceptance_combined: list[CombinedAcceptance] = field(default_factory=list)
+    delta_tables: dict[str, DeltaTable] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    acceptance_by_length: AcceptanceByLength | None = None
     d_max: dict[str, float]
     d_seq: dict[str, SequenceTotal]
     bounds: dict[str, dict[str, BoundsBlock]]
+    bounds_by_horizon: dict[str, BoundCurves] = field(default_factory=dict)
     rewards: Rewards | None
     ppo: PpoTerms | None
-    token_masking: TokenMasking | None
-    importance: Importance
-    elsewhere: dict[str, float]
+    token_masking: TokenMasking | None = None
     by_engine: list[Category] = field(default_factory=list)
     by_policy_version: list[Category] = field(default_factory=list)
     by_staleness: list[Category] = field(default_factory=list)
+    by_position: list[TokenBin] = field(default_factory=list)
+    by_rollout_probability: list[TokenBin] = field(default_factory=list)
+    by_entropy: list[TokenBin] = field(default_factory=list)
+    by_length: list[TokenBin] = field(default_factory=list)
+    by_token: list[TokenRow] = field(default_factory=list)
+    by_group: list[Category] = field(default_factory=list)
+    impulses: Impulses | None = None
+    routing: Routing | None = None
+    worst: list[WorstSequence] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON types: infinities are strings, NaN is None."""

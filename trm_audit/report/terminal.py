@@ -1,13 +1,11 @@
 """The summary on a terminal, in the order of a reader's questions; every number comes from the summary as it is.
 
-Names in the data are hostile until shown otherwise. Whatever comes from it passes `safe_text` and is never read as
+Names in the data are hostile until shown otherwise. Whatever comes from it passes `visible` and is never read as
 markup: cells are `Text`, which has none.
 """
 
 from __future__ import annotations
 
-import math
-import unicodedata
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -15,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trm_audit.report.noise import AGAINST, NoiseFloor, sharing_rung
+from trm_audit.report.shown import number, percent, visible
 from trm_audit.report.summary import AuditSummary, BoundsBlock, Category, Rewards
 
 if TYPE_CHECKING:
@@ -34,31 +33,30 @@ _SHOWN_CURVES = (
     "seq_max_tv",
     "seq_max_abs_log_ratio",
 )
-_NAMES_WIDTH = 16
-_OBEYED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+NAMES_WIDTH = 16
+SHOWN_WORST = 5
 
 
 _SHOWN_OF_RUN = ("model", "model_hash", "dtype", "head_dtype", "device")
 
 
-def safe_text(text: str) -> str:
-    """`text` without what a terminal obeys: control characters, escapes, format and bidirectional marks, surrogates."""
-    return "".join(" " if c in "\n\t" else c for c in text if c in "\n\t" or unicodedata.category(c) not in _OBEYED)
-
-
 def render(summary: AuditSummary, console: Console) -> None:
     """Print the summary to a console; readable from 80 columns on."""
-    console.print(Text(safe_text(summary.verdict), style="bold"))
-    for section in (_data, _decision, _tokens, _sequences, _acceptance, _bounds, _objectives, _breakdowns):
+    console.print(Text(visible(summary.verdict), style="bold"))
+    if summary.evidence:
+        console.print(Text(visible(summary.evidence)))
+    for finding in summary.warnings:
+        console.print(Text("Warning: ", style="bold yellow"), Text(visible(finding.sentence)), sep="")
+    for section in SECTIONS:
         for part in section(summary):
             console.print()
             console.print(part)
     for note in summary.notes:
         console.print()
-        console.print(Text(f"Note: {safe_text(note)}", style="dim"))
+        console.print(Text(f"Note: {visible(note)}", style="dim"))
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     """A table without lines, names to the left and numbers to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for at, column in enumerate(columns):
@@ -66,108 +64,106 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _titled(title: str, *parts: Table | Text) -> Group:
-    return Group(Text(safe_text(title), style="bold"), *parts)
+def _targets(summary: AuditSummary) -> list[Group]:
+    """What was asked for with --target-acceptance."""
+    table = table_of("threshold on", "delta", "keeps")
+    for target in summary.targets:
+        row(table, target.statistic, target.delta, percent(target.share_kept))
+    title = "" if not summary.targets else f"Thresholds that keep {100 * summary.targets[0].target:g} %"
+    return [titled(title, table)] if summary.targets else []
 
 
-def _row(table: Table, *cells: object) -> None:
-    table.add_row(*(Text(safe_text(cell if isinstance(cell, str) else _number(cell))) for cell in cells))
+def titled(title: str, *parts: Table | Text) -> Group:
+    return Group(Text(visible(title), style="bold"), *parts)
 
 
-def _number(value: object) -> str:
-    """Four significant digits for a float, all digits for a count, a dash for what is not known."""
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f} %"
+def row(table: Table, *cells: float | str | None) -> None:
+    table.add_row(*(Text(visible(number(cell))) for cell in cells))
 
 
 def _data(summary: AuditSummary) -> list[Group]:
     counts = summary.counts
-    table = _table("", "count")
-    _row(table, "sequences (N)", counts.n_total)
+    table = table_of("", "count")
+    row(table, "sequences (N)", counts.n_total)
     for name, count in counts.grades.items():
-        _row(table, f"  grade {name}", count)
+        row(table, f"  grade {name}", count)
     for name, count in counts.audited_policies.items():
-        _row(table, f"  audited policy {name}", count)
+        row(table, f"  audited policy {name}", count)
     for name in ("num_without_policy_tokens", "num_skipped", "num_dropped"):
         if getattr(counts, name):
-            _row(table, name, getattr(counts, name))
+            row(table, name, getattr(counts, name))
     for name in ("num_groups", "num_tokens", "num_disagreements", "num_infinite"):
-        _row(table, name, getattr(counts, name))
-    _row(table, "horizon (policy tokens)", counts.horizon)
+        row(table, name, getattr(counts, name))
+    row(table, "horizon (policy tokens)", counts.horizon)
     run = summary.run or {}
     for name, value in [*((name, run.get(name)) for name in _SHOWN_OF_RUN), ("sharing", sharing_rung(run))]:
         if value:
-            _row(table, f"scored with {name}", str(value)[:16])
-    return [_titled("What was read", table)]
+            row(table, f"scored with {name}", str(value)[:16])
+    return [titled("What was read", table)]
 
 
 def _decision(summary: AuditSummary) -> list[Group]:
     parts = []
     if summary.reasons:
-        table = _table("cause", "count")
+        table = table_of("cause", "count")
         for cause, count in summary.reasons.items():
-            _row(table, cause, count)
-        parts.append(_titled("Why sequences were rejected", table))
+            row(table, cause, count)
+        parts.append(titled("Why sequences were rejected", table))
     found = summary.violations
     if found is not None:
-        table = _table("", "violations", "of", "share", "95 % upper limit")
+        table = table_of("", "violations", "of", "share", "95 % upper limit")
         for name, share in (("sequences", found.sequences), ("prompts", found.prompts)):
             if share is not None:
-                _row(table, name, share.violations, share.n, _percent(share.share), _percent(share.upper_95))
-        parts.append(_titled(f"Above delta_max = {found.delta_max:g}, by {found.divergence}", table))
+                row(table, name, share.violations, share.n, percent(share.share), percent(share.upper_95))
+        parts.append(titled(f"Above delta_max = {found.delta_max:g}, by {found.divergence}", table))
     if summary.noise_floor is not None and summary.noise_floor.num_measured:
         parts.append(_noise_floor(summary.noise_floor))
     return parts
 
 
 def _noise_floor(floor: NoiseFloor) -> Group:
-    table = _table("", "mean", "p99", "max")
+    table = table_of("", "mean", "p99", "max")
     for against, words in AGAINST.items():
         noise = getattr(floor, against)
         for name in ("kl", "abs_delta_logprob") if noise is not None else ():
             spread = getattr(noise, name)
-            _row(table, f"{name} {words}", spread.mean, spread.p99, spread.max)
+            row(table, f"{name} {words}", spread.mean, spread.p99, spread.max)
     measured = f"{floor.num_rollouts:,} rollouts, {floor.num_tokens:,} tokens"
     largest = f", largest of {floor.num_measured} runs" if floor.num_measured > 1 else ""
-    return _titled(f"Noise floor of the scoring ({' and '.join(floor.dtypes)}; {measured}{largest})", table)
+    return titled(f"Noise floor of the scoring ({' and '.join(floor.dtypes)}; {measured}{largest})", table)
 
 
 def _tokens(summary: AuditSummary) -> list[Group]:
-    table = _table("", "mean", "p50", "p99", "p99.9", "max")
+    table = table_of("", "mean", "p50", "p99", "p99.9", "max")
     for name in _SHOWN_TOKENS:
         spread = summary.tokens.get(name)
         if spread is not None:
-            _row(table, name, spread.mean, spread.p50, spread.p99, spread.p999, spread.max)
-    return [_titled("How far apart, per token (nats; tv and ratio have no unit)", table)] if table.row_count else []
+            row(table, name, spread.mean, spread.p50, spread.p99, spread.p999, spread.max)
+    return [titled("How far apart, per token (nats; tv and ratio have no unit)", table)] if table.row_count else []
 
 
 def _sequences(summary: AuditSummary) -> list[Group]:
-    table = _table("", "mean", "p50", "p90", "p99", "max")
+    table = table_of("", "mean", "p50", "p90", "p99", "max")
     for name in _SHOWN_CURVES:
         spread = summary.sequences.get(name)
         if spread is not None:
-            _row(table, name, spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
-    totals = _table("", "mean", "low", "high")
+            row(table, name, spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
+    totals = table_of("", "mean", "low", "high")
     for name, total in summary.d_seq.items():
-        _row(totals, name, total.interval.mean, total.interval.low, total.interval.high)
-    methods = (Text(safe_text(method)) for method in dict.fromkeys(total.method for total in summary.d_seq.values()))
-    parts = [_titled("How far apart, per sequence", table)] if table.row_count else []
-    return parts + ([_titled("D_seq: mean over sequences", totals, *methods)] if totals.row_count else [])
+        row(totals, name, total.interval.mean, total.interval.low, total.interval.high)
+    methods = (Text(visible(method)) for method in dict.fromkeys(total.method for total in summary.d_seq.values()))
+    parts = [titled("How far apart, per sequence", table)] if table.row_count else []
+    return parts + ([titled("D_seq: mean over sequences", totals, *methods)] if totals.row_count else [])
 
 
 def _acceptance(summary: AuditSummary) -> list[Group]:
     """Share kept at round thresholds; the others are in the JSON."""
     curves, deltas = summary.acceptance_curves.curves, summary.acceptance_curves.deltas
     shown = [name for name in _SHOWN_CURVES if name in curves][:4]
-    table = _table("delta", *(name.removeprefix("seq_") for name in shown))
+    table = table_of("delta", *(name.removeprefix("seq_") for name in shown))
     for delta in _SHOWN_DELTAS if shown else ():
-        _row(table, f"{delta:g}", *(_percent(curves[name].share[deltas.index(delta)]) for name in shown))
-    return [_titled("Share of sequences that a threshold alone would keep", table)] if shown else []
+        row(table, f"{delta:g}", *(percent(curves[name].share[deltas.index(delta)]) for name in shown))
+    return [titled("Share of sequences that a threshold alone would keep", table)] if shown else []
 
 
 def _bounds(summary: AuditSummary) -> list[Group]:
@@ -180,42 +176,56 @@ def _bounds(summary: AuditSummary) -> list[Group]:
 def _bound_table(name: str, whole: BoundsBlock, kept: BoundsBlock | None) -> Group:
     blocks = [whole] if kept is None else [whole, kept]
     heads = ["published", "sharp", "published\nkept", "sharp\nkept"][: 2 * len(blocks)]
-    table = _table("", *heads)
+    table = table_of("", *heads)
     for key in whole.inputs:
-        _row(table, f"  {key}", *(cell for block in blocks for cell in (block.inputs.get(key), "")))
+        row(table, f"  {key}", *(cell for block in blocks for cell in (block.inputs.get(key), "")))
     for key in whole.bounds:
-        _row(table, key, *(cell for b in blocks for cell in (b.bounds[key].published, b.bounds[key].sharp)))
+        row(table, key, *(cell for b in blocks for cell in (b.bounds[key].published, b.bounds[key].sharp)))
     if whole.minorizer is not None:
-        _row(table, "minorizer: L' - minimum", whole.minorizer.published, whole.minorizer.sharp)
-    basis = Text(safe_text(f"{whole.label[:1].upper()}{whole.label[1:]}; {whole.rows} rows."))
+        row(table, "minorizer: L' - minimum", whole.minorizer.published, whole.minorizer.sharp)
+    basis = Text(visible(f"{whole.label[:1].upper()}{whole.label[1:]}; {whole.rows} rows."))
     title = f"Bounds on |J(theta) - J(roll) - L'| ({name}, T = {whole.horizon})"
-    return _titled(title, table, Text(safe_text(whole.sentence)), basis)
+    return titled(title, table, Text(visible(whole.sentence)), basis)
 
 
 def _objectives(summary: AuditSummary) -> list[Group]:
-    table = _table("", "value")
+    table = table_of("", "value")
     rewards, ppo, masking = summary.rewards, summary.ppo, summary.token_masking
     if rewards is not None:
         _rewards_rows(table, rewards)
-    _row(table, "mean ratio", summary.importance.mean_ratio)
-    _row(table, "effective sample size, tokens", _percent(summary.importance.ess_token))
-    _row(table, "effective sample size, sequences", _percent(summary.importance.ess_seq))
     if ppo is not None:
         above, below, n = ppo.negative_advantage_above, ppo.positive_advantage_below, ppo.num_tokens
-        _row(table, f"PPO unclipped, ratio > {1 + ppo.clip:g}, A < 0", f"{above} of {n} tokens")
-        _row(table, f"PPO unclipped, ratio < {1 - ppo.clip:g}, A > 0", f"{below} of {n} tokens")
+        row(table, f"PPO unclipped, ratio > {1 + ppo.clip:g}, A < 0", f"{above} of {n} tokens")
+        row(table, f"PPO unclipped, ratio < {1 - ppo.clip:g}, A > 0", f"{below} of {n} tokens")
     if masking is not None:
-        _row(table, "token masking would drop", f"{masking.num_dropped} of {masking.num_tokens} tokens")
-        _row(table, "largest divergence then", f"{_number(masking.max_after)}, as before")
-    return [_titled("Objectives and importance weights", table)]
+        row(table, "token masking would drop", f"{masking.num_dropped} of {masking.num_tokens} tokens")
+        row(table, "largest divergence then", f"{number(masking.max_after)}, as before")
+    return [titled("Objectives", table)] if table.row_count else []
+
+
+def _metrics(summary: AuditSummary) -> list[Group]:
+    """What training logs show too; definitions, and the names that they have elsewhere, are in the page."""
+    table = table_of("", "value", "low", "high")
+    for name, found in summary.metrics.items():
+        row(table, name, found.value, found.low, found.high)
+    clusters = max((found.clusters for found in summary.metrics.values()), default=0)
+    title = f"Figures of training logs (95 % bootstrap intervals over {clusters} groups)"
+    return [titled(title, table)] if table.row_count else []
 
 
 def _rewards_rows(table: Table, rewards: Rewards) -> None:
     if rewards.surrogate is not None:
-        mean, low, high = (_number(getattr(rewards.surrogate, name)) for name in ("mean", "low", "high"))
-        _row(table, "surrogate L' (95 % interval)", f"{mean} ({low} to {high})")
-    _row(table, "masked objective L_masked", rewards.masked_objective)
-    _row(table, "reward range", f"{rewards.reward_range:g} ({rewards.reward_range_from})")
+        mean, low, high = (number(getattr(rewards.surrogate, name)) for name in ("mean", "low", "high"))
+        row(table, "surrogate L' (95 % interval)", f"{mean} ({low} to {high})")
+    row(table, "masked objective L_masked", rewards.masked_objective)
+    row(table, "reward range", f"{rewards.reward_range:g} ({rewards.reward_range_from})")
+
+
+def _worst(summary: AuditSummary) -> list[Group]:
+    table = table_of("sequence", "statistic", "value", "at token", "of")
+    for found in summary.worst[:SHOWN_WORST]:
+        row(table, short(found.rollout_id), found.statistic, found.value, found.position, found.response_length)
+    return [titled("Worst sequences", table)] if summary.worst else []
 
 
 def _breakdowns(summary: AuditSummary) -> list[Group]:
@@ -224,20 +234,40 @@ def _breakdowns(summary: AuditSummary) -> list[Group]:
         found: list[Category] = getattr(summary, f"by_{name}")
         more = [Text(f"{len(found) - SHOWN_CATEGORIES} more in the JSON report.")] * (len(found) > SHOWN_CATEGORIES)
         if found:
-            parts.append(_titled(f"By {name}", _breakdown(name, found), *more))
+            parts.append(titled(f"By {name}", _breakdown(name, found), *more))
     return parts
 
 
 def _breakdown(name: str, found: list[Category]) -> Table:
     present = {divergence for category in found for divergence in category.divergences}
     main = [divergence for divergence in ("kl", "kl_upper", "k3", "k2") if divergence in present][:2]
-    table = _table(name, "n", "kept", *(f"{kind}\n{d}" for d in main for kind in ("mean", "max")))
+    table = table_of(name, "n", "kept", *(f"{kind}\n{d}" for d in main for kind in ("mean", "max")))
     for category in found[:SHOWN_CATEGORIES]:
-        cells: list[object] = []
+        cells: list[float | None] = []
         for divergence in main:
             spread = category.divergences.get(divergence)
             cells += [None, None] if spread is None else [spread.mean, spread.max]
-        label = safe_text(str(category.value))
-        short = label if len(label) <= _NAMES_WIDTH else label[: _NAMES_WIDTH - 1] + "…"
-        _row(table, short, category.n, _percent(category.acceptance), *cells)
+        row(table, short(str(category.value)), category.n, percent(category.acceptance), *cells)
     return table
+
+
+def short(name: str) -> str:
+    """A name from the data, inert and no wider than a column."""
+    label = visible(name)
+    return label if len(label) <= NAMES_WIDTH else label[: NAMES_WIDTH - 1] + "…"
+
+
+SECTIONS = (
+    _data,
+    _decision,
+    _targets,
+    _tokens,
+    _sequences,
+    _metrics,
+    _acceptance,
+    _bounds,
+    _objectives,
+    _breakdowns,
+    _worst,
+)
+"""In the order of a reader's questions."""

@@ -1,4 +1,4 @@
-"""What the one pass remembers: sums by key, divergence totals for the bounds, importance weights, rewards.
+"""What the one pass remembers: sums by key, by prompt and by position, and what the bounds need.
 
 Every class has `+`: two halves of the data, added in any order, are the whole. Memory grows with the number of
 prompts (and distinct rewards in each), of categories, and with the longest response, never with the number of tokens.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,41 @@ EVIDENCE = {
 
 
 @dataclass
+class PositionTotals:
+    """One per-token quantity by policy token position.
+
+    Attributes:
+        sums: [longest] total over rows, 0 after a response's end.
+        rows: rows it covers, those without policy tokens included.
+    """
+
+    sums: Floats = field(default_factory=lambda: np.zeros(0))
+    rows: int = 0
+
+    def add(self, batch: ScoreBatch, name: str, members: Bools) -> None:
+        """Add the rows of a batch where `members` holds and that have the list."""
+        tokens = batch.tokens(name)
+        if tokens is None:
+            return
+        values, positions = tokens.values, tokens.positions
+        if not members.all():
+            inside = members[tokens.rows]
+            values, positions = values[inside], positions[inside]
+        self.sums = add_padded(self.sums, np.bincount(positions, weights=values).astype(np.float64))
+        self.rows += int(np.count_nonzero(members & (tokens.present | batch.empty())))
+
+    def __add__(self, other: PositionTotals) -> PositionTotals:
+        return PositionTotals(add_padded(self.sums, other.sums), self.rows + other.rows)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def means(self, rows: int) -> Floats | None:
+        """[longest] mean over `rows` sequences; None where some of them had no per-token values."""
+        return self.sums / rows if rows and self.rows == rows else None
+
+
+@dataclass
 class DivergenceTotals:
     """What the bounds need of one kind of evidence, over all rows or the kept ones.
 
@@ -106,16 +142,15 @@ class DivergenceTotals:
         rows: sequences with this evidence, those without policy tokens included (their sums are 0).
         kl_max, tv_max: largest `seq_max_*`, -inf before any.
         kl_seq: total of `seq_sum_*`.
-        by_position: total of the tv quantity at each policy token position.
-        rows_by_position: rows that `by_position` covers.
+        by_position, kl_by_position: the tv quantity and the D of `kl_seq` at each policy token position.
     """
 
     rows: int = 0
     kl_max: float = -math.inf
     tv_max: float = -math.inf
     kl_seq: float = 0.0
-    by_position: Floats = field(default_factory=lambda: np.zeros(0))
-    rows_by_position: int = 0
+    by_position: PositionTotals = field(default_factory=PositionTotals)
+    kl_by_position: PositionTotals = field(default_factory=PositionTotals)
 
     def add(self, batch: ScoreBatch, evidence: Evidence, members: Bools) -> None:
         """Add the rows of a batch where `members` holds."""
@@ -124,12 +159,8 @@ class DivergenceTotals:
         if evidence.tv_max is not None:
             self.tv_max = max(self.tv_max, _largest(batch.filled(f"seq_max_{evidence.tv_max}")[members]))
         self.kl_seq += float(np.nansum(batch.filled(f"seq_sum_{evidence.kl_seq}")[members]))
-        tokens = batch.tokens(evidence.tv_token)
-        if tokens is not None:
-            inside = members[tokens.rows]
-            totals = np.bincount(tokens.positions[inside], weights=tokens.values[inside]).astype(np.float64)
-            self.by_position = add_padded(self.by_position, totals)
-            self.rows_by_position += int(np.count_nonzero(members & (tokens.present | batch.empty())))
+        self.by_position.add(batch, evidence.tv_token, members)
+        self.kl_by_position.add(batch, evidence.kl_seq, members)
 
     def __add__(self, other: DivergenceTotals) -> DivergenceTotals:
         return DivergenceTotals(
@@ -137,13 +168,13 @@ class DivergenceTotals:
             max(self.kl_max, other.kl_max),
             max(self.tv_max, other.tv_max),
             self.kl_seq + other.kl_seq,
-            add_padded(self.by_position, other.by_position),
-            self.rows_by_position + other.rows_by_position,
+            self.by_position + other.by_position,
+            self.kl_by_position + other.kl_by_position,
         )
 
     def tv_by_position(self) -> Floats | None:
         """[longest] Dbar_t: mean over all rows, 0 after a response's end; None where rows had no per-token values."""
-        return self.by_position / self.rows if self.rows and self.rows_by_position == self.rows else None
+        return self.by_position.means(self.rows)
 
 
 def evidence_rows(batch: ScoreBatch, name: str) -> Bools:
@@ -161,60 +192,6 @@ def evidence_rows(batch: ScoreBatch, name: str) -> Bools:
         return found
     out: Bools = np.where(codes >= 0, codes == (grades.index(name) if name in grades else -2), found)
     return out
-
-
-@dataclass
-class ImportanceTotals:
-    """Sums over importance weights: of tokens, and of whole sequences in logarithms (their products overflow).
-
-    Attributes:
-        num_tokens, ratio, ratio_squared: over tokens with a `log_ratio` list.
-        multiplicative: sum of exp(|log_ratio|).
-        num_sequences, log_weights, log_squares: log of the sum of exp(seq_sum_log_ratio), and of its square.
-        absolute_mean: sum over sequences of |seq_mean_log_ratio|.
-    """
-
-    num_tokens: int = 0
-    ratio: float = 0.0
-    ratio_squared: float = 0.0
-    multiplicative: float = 0.0
-    num_sequences: int = 0
-    log_weights: float = -math.inf
-    log_squares: float = -math.inf
-    num_means: int = 0
-    absolute_mean: float = 0.0
-
-    def add(self, batch: ScoreBatch) -> None:
-        """Add one batch."""
-        tokens = batch.tokens("ratio")
-        distance = batch.tokens("abs_log_ratio")
-        if tokens is not None and distance is not None:
-            with np.errstate(over="ignore"):
-                self.num_tokens += len(tokens.values)
-                self.ratio += float(tokens.values.sum())
-                self.ratio_squared += float(np.square(tokens.values).sum())
-                self.multiplicative += float(np.exp(distance.values).sum())
-        log_weights = batch.filled("seq_sum_log_ratio")
-        log_weights = log_weights[~np.isnan(log_weights)]
-        self.num_sequences += len(log_weights)
-        self.log_weights = _log_add(self.log_weights, log_weights)
-        self.log_squares = _log_add(self.log_squares, 2 * log_weights)
-        means = batch.filled("seq_mean_log_ratio")
-        self.num_means += int(np.count_nonzero(~np.isnan(means)))
-        self.absolute_mean += float(np.nansum(np.abs(means)))
-
-    def __add__(self, other: ImportanceTotals) -> ImportanceTotals:
-        return ImportanceTotals(
-            self.num_tokens + other.num_tokens,
-            self.ratio + other.ratio,
-            self.ratio_squared + other.ratio_squared,
-            self.multiplicative + other.multiplicative,
-            self.num_sequences + other.num_sequences,
-            float(np.logaddexp(self.log_weights, other.log_weights)),
-            float(np.logaddexp(self.log_squares, other.log_squares)),
-            self.num_means + other.num_means,
-            self.absolute_mean + other.absolute_mean,
-        )
 
 
 @dataclass
@@ -258,6 +235,11 @@ class ClusterTotals:
         return sizes[sizes > 0], sums[sizes > 0], self.singles[name]
 
 
+def merged(a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
+    """Values of equal keys are added."""
+    return {key: a[key] + b[key] if key in a and key in b else a.get(key, b.get(key)) for key in (*a, *b)}
+
+
 def add_padded(a: Floats, b: Floats) -> Floats:
     """Elementwise sum of two lists, the shorter filled up with 0."""
     out = np.zeros(max(len(a), len(b)))
@@ -269,7 +251,3 @@ def add_padded(a: Floats, b: Floats) -> Floats:
 def _largest(values: Floats) -> float:
     """Largest number, -inf of none; NaN is passed over."""
     return float(np.fmax.reduce(values, initial=-np.inf))
-
-
-def _log_add(total: float, log_values: Floats) -> float:
-    return float(np.logaddexp(total, np.logaddexp.reduce(log_values))) if len(log_values) else total

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trm_audit.report.noise import NoiseFloor
 from trm_audit.report.summary import BoundsBlock, Counts, Quantiles, Thresholds
 
 PLUG_IN = (
@@ -31,9 +30,6 @@ INTERVALS = (
     "kl_lower keeps."
 )
 MIXED = "Rows differ in grade: exact and estimated figures stand apart and cover different rows."
-RAW = "Rows marked raw compare both policies at temperature 1; nothing is claimed about the policy that sampled them."
-DROPPED = "Rejected rows were dropped before: distances, curves and bounds speak of the rows that are left."
-TEMPERED = "Rows marked tempered leave out the truncation (top-p, top-k) that was used in sampling."
 
 
 def verdict(counts: Counts, sequences: dict[str, Quantiles], n_kept: int | None, criteria: list[str]) -> str:
@@ -71,37 +67,19 @@ def notes(counts: Counts, bounds: dict[str, dict[str, BoundsBlock]], compared: b
     said = [
         (PLUG_IN, bool(bounds)),
         (CONDITIONAL, "kept" in bounds),
-        (DROPPED, counts.num_dropped > 0),
         (TOKEN_MASKING, compared),
         (K3_BIAS, sampled),
         (PROMPTS, compared and counts.num_groups is not None),
         (INTERVALS, "interval" in counts.grades),
         (MIXED, len(counts.grades) > 1),
-        (RAW, "raw" in counts.audited_policies),
-        (TEMPERED, "tempered" in counts.audited_policies),
     ]
     return [sentence for sentence, applies in said if applies]
 
 
-def noise_notes(floor: NoiseFloor | None, differing: Sequence[str]) -> list[str]:
-    """What the precision of the scoring takes from the numbers: thresholds below its floor, or that nobody measured it.
-
-    Args:
-        floor: None for scoring in float32.
-        differing: settings that are not the same in all runs.
-    """
-    said = []
-    if differing:
-        said.append(f"The shards were scored by runs that differ in {', '.join(differing)}; the first is shown.")
-    if floor is None:
-        return said
-    if floor.num_measured < floor.num_runs:
-        which = "" if not floor.num_measured else f" by {floor.num_runs - floor.num_measured} of {floor.num_runs} runs"
-        said.append(
-            f"Scored in {' and '.join(floor.dtypes)}, and the noise floor of that was not measured{which}: "
-            "small divergences may be rounding."
-        )
-    return said + [found.sentence for found in floor.below]
+def run_notes(differing: Sequence[str]) -> list[str]:
+    """That the shards were not all scored alike; `differing` are the settings in which they are not."""
+    named = f"The shards were scored by runs that differ in {', '.join(differing)}; the first is shown."
+    return [named] if differing else []
 
 
 def deciding(thresholds: Thresholds) -> str:

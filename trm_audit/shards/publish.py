@@ -237,6 +237,11 @@ class OutputFolder:
             append_line(self.path / "skipped.jsonl", line)
             self._skipped.add(text)
 
+    def carry(self, file: Path) -> None:
+        """Copies a small file, if it is there, beside the shards: what the next stage has no other way to find."""
+        if file.is_file():
+            publish_bytes(self.path / file.name, file.read_bytes())
+
     def begin(self, names: Sequence[str]) -> None:
         """Takes an older `_SUCCESS` away if shards of the run are missing: the folder must not be read as whole."""
         with self._folder_lock():
@@ -270,11 +275,20 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def publish_text(file: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
+    """Writes a small file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    publish_bytes(file, text.encode("utf-8"))
+
+
+def publish_bytes(file: Path, content: bytes) -> None:
+    """As `publish_text`, of bytes."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with _writing(file):
         try:
-            temporary.write_text(text, "utf-8")
+            temporary.write_bytes(content)
             sync_file(temporary)
             os.replace(temporary, file)
         finally:

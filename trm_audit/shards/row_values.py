@@ -1,4 +1,4 @@
-"""Rules 5 to 8 of schemas/rollout.md: log-probabilities, top-K lists, sampling settings, policy versions."""
+"""Rules 5 to 8 and 12 of schemas/rollout.md: log-probabilities, top-K lists, sampling, policy versions, routing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trm_audit.numerics.ragged import Bools, Floats, Ints, Ragged
-from trm_audit.rollout import Sampling, TopK
+from trm_audit.rollout import RoutedExperts, Sampling, TopK
 from trm_audit.shards.faults import Rows
 from trm_audit.shards.lists import per_token, ragged
 
@@ -208,3 +208,52 @@ def read_version(rows: Rows, response: Ragged, mask: Bools) -> Floats | None:
         part = part[mask[response.offsets[row] : response.offsets[row + 1]] & ~np.isnan(part)]
         out[row] = part.min() if len(part) else np.nan
     return out
+
+
+def read_routing(rows: Rows, num_positions: Ints) -> RoutedExperts | None:
+    """Rule 12.
+
+    Args:
+        num_positions: [rows] tokens of prompt and response.
+    """
+    column = rows.column("routed_experts")
+    if column is None:
+        return None
+    entries = column.flatten()
+    choices, lengths = entries.flatten(), _lengths(column)
+    missing = np.where(np.asarray(column.is_valid()), num_positions - lengths, 0)
+    rows.fault(
+        off := np.flatnonzero((missing != 0) & (missing != 1)),
+        {int(row): f"{num_positions[row]} tokens, but routed_experts has {lengths[row]} entries" for row in off},
+        "One for each token of prompt_ids and response_ids, or for all but the last (schemas/rollout.md, rule 12).",
+    )
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    layers, uneven = _sizes(entries, owner, len(rows))
+    owner = np.repeat(owner, _lengths(entries))
+    k, uneven_choices = _sizes(choices, owner, len(rows))
+    rows.fault(
+        [*uneven, *uneven_choices],
+        "routed_experts names other numbers of layers or experts from one entry to the next, or none",
+        "Every entry is [layers, k] of one size; -1 stands for what is not known (schemas/rollout.md, rule 12).",
+    )
+    ids = pc.fill_null(choices.flatten(), -2).to_numpy(zero_copy_only=False)
+    if (ids < -1).any():
+        cause = "routed_experts contains a null or a number below -1"
+        owner = np.repeat(owner, _lengths(choices))
+        rows.fault(owner[ids < -1], cause, "-1 stands for an expert that is not known (rule 12).")
+    offsets = np.concatenate([[0], np.cumsum(lengths * layers * k)]).astype(np.int64)
+    return RoutedExperts(Ragged(ids, offsets), layers, k)
+
+
+def _sizes(lists: pa.Array, owner: Ints, num_rows: int) -> tuple[Ints, Ints]:
+    """Size of the first list of each row, 0 without one, and the owners of lists that are empty or of another size."""
+    sizes = _lengths(lists)
+    first = np.zeros(num_rows, dtype=np.int64)
+    first[owner[::-1]] = sizes[::-1]  # what is written last stays
+    return first, owner[(sizes != first[owner]) | (sizes == 0)]
+
+
+def _lengths(lists: pa.Array) -> Ints:
+    """Entries of each list, 0 for null."""
+    lengths: Ints = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths

@@ -16,7 +16,14 @@ from trm_audit.shards import schema
 from trm_audit.shards.faults import Rows
 from trm_audit.shards.lists import per_token, ragged
 from trm_audit.shards.row_shape import check_ids, check_lengths, check_names
-from trm_audit.shards.row_values import read_logprobs, read_sampling, read_topk, read_version, topk_step
+from trm_audit.shards.row_values import (
+    read_logprobs,
+    read_routing,
+    read_sampling,
+    read_topk,
+    read_version,
+    topk_step,
+)
 
 
 class LogitsIndex(Protocol):
@@ -111,6 +118,7 @@ def _take_apart(rows: Rows, rules: RowRules, step: float) -> RolloutBatch:
         sampling=sampling,
         policy_version=version,
         grade=grade,
+        routed_experts=read_routing(rows, prompt.lengths + response.lengths),
     )
 
 

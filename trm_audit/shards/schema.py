@@ -71,10 +71,11 @@ ROLLOUT_COLUMNS: Mapping[str, Column] = {
     "engine": Column(pa.string(), _text),
     "finish_reason": Column(pa.string(), _text),
     "trainer_logprobs": Column(pa.list_(pa.float32()), _list_of(_number)),
+    "routed_experts": Column(pa.list_(pa.list_(pa.list_(pa.int16()))), _list_of(_list_of(_list_of(pt.is_integer)))),
 }
 
 VERSION_PER_TOKEN = Column(pa.list_(pa.int64()), _list_of(pt.is_integer))
-BULKY = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_sketch")
+BULKY = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_sketch", "routed_experts")
 """Evidence that score shards leave behind."""
 
 BLOCK_COLUMNS: Mapping[str, Column] = {
