@@ -1,6 +1,6 @@
 """How long the HTML report of ten million tokens takes, and how much memory, beside reading the same files.
 
-python bench/report_ten_million.py [TOKENS]
+python bench/report_ten_million.py [TOKENS [MEAN_LENGTH]]
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from trm_audit.rollout import TOKEN_SCORES, RolloutBatch, Sampling, TokenScores
 from trm_audit.shards.scores import Counts, score_columns
 from trm_audit.shards.write import head
 
-SHARDS, MEAN_LENGTH, GROUP = 10, 400, 16
+SHARDS, GROUP = 10, 16
 
 Floats = NDArray[np.float64]
 
 
-def write_scores(folder: Path, tokens: int) -> None:
+def write_scores(folder: Path, tokens: int, mean_length: int) -> None:
     """Score shards of exact grade with about so many tokens in all: 16 rollouts a prompt, five policy versions."""
     for shard in range(SHARDS):
         rng = np.random.default_rng(shard)
-        rows = max(GROUP, tokens // SHARDS // MEAN_LENGTH)
-        lengths = np.clip(rng.lognormal(np.log(MEAN_LENGTH) - 0.32, 0.8, rows).astype(np.int64), 1, 4096)
+        rows = max(GROUP, tokens // SHARDS // mean_length)
+        lengths = np.clip(rng.lognormal(np.log(mean_length) - 0.32, 0.8, rows).astype(np.int64), 1, 4096)
         table = one_shard(rng, shard, np.concatenate([[0], np.cumsum(lengths)]))
         counts = Counts()
         counts.add(table)
@@ -83,11 +83,11 @@ def one_shard(rng: np.random.Generator, shard: int, offsets: NDArray[np.int64]) 
     return score_columns(batch, scores, 4, rebuilds=False)
 
 
-def main(tokens: int) -> None:
+def main(tokens: int, mean_length: int) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         scores, page = Path(tmp) / "scores", Path(tmp) / "report.html"
         scores.mkdir()
-        write_scores(scores, tokens)
+        write_scores(scores, tokens, mean_length)
         began = time.perf_counter()
         num_bytes = sum(pq.read_table(file).nbytes for file in sorted(scores.glob("*.parquet")))
         read = time.perf_counter() - began
@@ -98,10 +98,11 @@ def main(tokens: int) -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         size = page.stat().st_size
     print(
-        f"{tokens:,} tokens, {num_bytes / 1e9:.1f} GB of columns: {seconds:.1f} s, {seconds / read:.1f} times reading "
-        f"them, {peak:.2f} GB at most; the page has {size / 1e3:.0f} kB"
+        f"{tokens:,} tokens in sequences of {mean_length:,}, {num_bytes / 1e9:.1f} GB of columns: {seconds:.1f} s, "
+        f"{seconds / read:.1f} times reading them, {peak:.2f} GB at most; the page has {size / 1e3:.0f} kB"
     )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000_000)
+    given = [int(argument) for argument in sys.argv[1:]]
+    main(*given, *(10_000_000, 400)[len(given) :])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_page import full_summary
 
-from trm_audit.report.html import render_html
+from trm_audit.report.page.html import render_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

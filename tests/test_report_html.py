@@ -22,7 +22,7 @@ from report_rows import random_rows, score_batch
 from trm_audit.report.blocks import ProbabilityDensity, ShownToken
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.compare import Comparison, Difference
-from trm_audit.report.html import render_comparison_html, render_html
+from trm_audit.report.page.html import render_comparison_html, render_html
 from trm_audit.report.shown import SHADES, number, percent, shade, visible, visible_token
 from trm_audit.report.summary import AuditSummary, Counts
 
@@ -141,7 +141,7 @@ def test_every_number_on_the_page_is_one_of_the_summary(summary: AuditSummary, p
     tree = json.loads(summary.to_json())
     allowed = {form for value in numbers_in(tree) for form in (number(value), str(value), *numerals(percent(value)))}
     allowed |= {found for text in strings_in(tree) for found in numerals(visible_token(text)) | numerals(visible(text))}
-    folder = HERE.parent / "trm_audit" / "report" / "templates"
+    folder = HERE.parent / "trm_audit" / "report" / "page" / "templates"
     for file in sorted(folder.glob("*.html")):
         allowed |= numerals(re.sub(r"{[{%].*?[%}]}", " ", file.read_text("utf-8")))
     allowed |= {number(edge) for edge in SHADES} | {"0", "1"}
@@ -248,7 +248,7 @@ def test_many_versions_and_engines_do_not_make_the_page_long() -> None:
 
 
 def test_another_process_with_other_hashes_writes_the_same_bytes(html: str) -> None:
-    code = "import sys, report_page as r; from trm_audit.report.html import render_html;"
+    code = "import sys, report_page as r; from trm_audit.report.page.html import render_html;"
     code += "sys.stdout.buffer.write(render_html(r.full_summary()).encode())"
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(HERE)}

@@ -76,10 +76,20 @@ def ranked(rows: Sequence[Row], kind: str, divergences: Sequence[str]) -> list[t
 
 
 def expected(rows: Sequence[Row], by_max: Sequence[str] = BY_MAX) -> list[tuple[str, str]]:
-    """rollout_id and statistic of what is to be shown."""
-    first = ranked(rows, "max", by_max)[:NUM_BY_MAX]
-    named = {name for _, name, _ in first}
-    others = [entry for entry in ranked(rows, "mean", BY_MEAN) if entry[1] not in named][:NUM_BY_MEAN]
+    """rollout_id and statistic of what is to be shown: one row of each group, those without one as their own."""
+    groups = {row["rollout_id"]: row["group_id"] or row["rollout_id"] for row in rows}
+    seen: set[str] = set()
+
+    def of_new_groups(entries: list[tuple[float, str, str]], size: int) -> list[tuple[float, str, str]]:
+        out = []
+        for entry in entries:
+            if groups[entry[1]] not in seen and len(out) < size:
+                seen.add(groups[entry[1]])
+                out.append(entry)
+        return out
+
+    first = of_new_groups(ranked(rows, "max", by_max), NUM_BY_MAX)
+    others = of_new_groups(ranked(rows, "mean", BY_MEAN), NUM_BY_MEAN)
     return [(i, f"seq_max_{d}") for _, i, d in first] + [(i, f"seq_mean_{d}") for _, i, d in others]
 
 

@@ -69,6 +69,7 @@ class ScoreBatch:
         self.batch = batch
         self.num_rows: int = batch.num_rows
         self._names = set(batch.schema.names)
+        self._codes: dict[str, tuple[list[Hashable], Ints]] = {}
         self._floats: dict[str, Floats | None] = {}
         self._aligned: dict[str, Floats | None] = {}
         self._tokens: dict[str, TokenColumn | None] = {}
@@ -90,6 +91,11 @@ class ScoreBatch:
 
     def codes(self, name: str) -> tuple[list[Hashable], Ints]:
         """The distinct values that occur and, per row, which of them it has (-1 for null and without the column)."""
+        if name not in self._codes:
+            self._codes[name] = self._encode(name)
+        return self._codes[name]
+
+    def _encode(self, name: str) -> tuple[list[Hashable], Ints]:
         if not self.has(name):
             return [], np.full(self.num_rows, -1, dtype=np.int64)
         column = self.batch.column(name)

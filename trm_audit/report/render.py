@@ -15,7 +15,7 @@ FORMATS = ("html", "md", "json")
 def render(found: AuditSummary | Comparison, form: str) -> str:
     """The report in one of `FORMATS`, with a line break at its end; each renderer is loaded when it is asked for."""
     if form == "html":
-        from trm_audit.report.html import render_comparison_html, render_html
+        from trm_audit.report.page.html import render_comparison_html, render_html
         from trm_audit.report.summary import AuditSummary
 
         return render_html(found) if isinstance(found, AuditSummary) else render_comparison_html(found)

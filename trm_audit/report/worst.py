@@ -6,7 +6,7 @@ One pass remembers at most fifteen rows, whole; the excerpts are cut from them a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,14 @@ class _Row:
     """A row that may be among the worst: the shard's own columns, as far as they are shown (copied, one row)."""
 
     rollout_id: str
+    group_id: Hashable
     columns: pa.RecordBatch
     keep: bool | None
+
+    @property
+    def group(self) -> Hashable:
+        """The row itself where it has none."""
+        return self if self.group_id is None else self.group_id
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class _Candidate:
 
 @dataclass
 class _Largest:
-    """The rows with the largest values of one statistic of the first divergence that each has.
+    """The rows with the largest values of one statistic of the first divergence that each has, one of each group.
+
+    Rollouts of a prompt often share the context of their maximum: six of them would be one finding, six times.
 
     Attributes:
         statistic: `max` or `mean`.
@@ -84,12 +92,16 @@ class _Largest:
             values[take], which[take] = fresh[take], at
         lowest = self.found[-1].value if len(self.found) == self.size else -math.inf
         rows = np.flatnonzero(values >= lowest)
-        rows = rows[_order(values[rows], ids, rows)[: self.size]]
+        rows = rows[_order(values[rows], ids, rows)]
+        rows = rows[_first_of_each(batch.codes("group_id")[1][rows])][: self.size]
         return [(row, self.divergences[which[row]], float(values[row])) for row in rows.tolist()]
 
     def keep(self, candidates: Sequence[_Candidate]) -> None:
-        """Let candidates take the places of smaller ones."""
-        self.found = sorted([*self.found, *candidates], key=lambda candidate: candidate.rank)[: self.size]
+        """Let candidates take the places of smaller ones, and of smaller ones of their group."""
+        best: dict[Hashable, _Candidate] = {}
+        for candidate in sorted([*self.found, *candidates], key=lambda candidate: candidate.rank):
+            best.setdefault(candidate.row.group, candidate)
+        self.found = list(best.values())[: self.size]
 
 
 class WorstTotals:
@@ -111,13 +123,15 @@ class WorstTotals:
         """Add one batch; `keep` [rows] or None where nothing was decided."""
         ids = batch.batch.column("rollout_id") if batch.has("rollout_id") else pa.nulls(batch.num_rows)
         ids = ids.cast(pa.string()).fill_null("")
+        names, codes = batch.codes("group_id")
         rows: dict[int, _Row] = {}
         for largest in self._largest:
             selected = largest.select(batch, ids)
             for at, _, _ in selected:
                 if at not in rows:
                     kept = None if keep is None else bool(keep[at])
-                    rows[at] = _Row(ids[at].as_py(), self._columns(batch, at), kept)
+                    group = names[codes[at]] if codes[at] >= 0 else None
+                    rows[at] = _Row(ids[at].as_py(), group, self._columns(batch, at), kept)
             largest.keep([_Candidate(value, divergence, rows[at]) for at, divergence, value in selected])
 
     def _columns(self, batch: ScoreBatch, row: int) -> pa.RecordBatch:
@@ -133,7 +147,7 @@ class WorstTotals:
         return merged
 
     def finish(self, tokenizer: TokenText | None) -> list[WorstSequence]:
-        """At most 6 sequences with the largest maximum, then at most 3 others with the largest mean.
+        """At most 6 sequences with the largest maximum, then at most 3 with the largest mean, each of another group.
 
         Args:
             tokenizer: for the text of the tokens; None shows ids.
@@ -142,8 +156,8 @@ class WorstTotals:
         values tell it.
         """
         by_max, by_mean = (largest.found for largest in self._largest)
-        seen = {id(candidate.row) for candidate in by_max}
-        others = [candidate for candidate in by_mean if id(candidate.row) not in seen][:NUM_BY_MEAN]
+        seen = {candidate.row.group for candidate in by_max}
+        others = [candidate for candidate in by_mean if candidate.row.group not in seen][:NUM_BY_MEAN]
         shown = [_shown(candidate, "max", tokenizer) for candidate in by_max]
         return shown + [_shown(candidate, "mean", tokenizer) for candidate in others]
 
@@ -160,6 +174,12 @@ def _order(values: Floats, ids: pa.Array, rows: Ints) -> Ints:
     table = pa.table({"value": values, "id": ids.take(pa.array(rows))})
     order: Ints = pc.sort_indices(table, sort_keys=[("value", "descending"), ("id", "ascending")]).to_numpy()
     return order.astype(np.int64)
+
+
+def _first_of_each(codes: Ints) -> Ints:
+    """Places of the first row of each group, and of all rows without one (-1), in their order."""
+    distinct = np.where(codes < 0, np.arange(-len(codes), 0), codes)
+    return np.sort(np.unique(distinct, return_index=True)[1])
 
 
 def _shown(candidate: _Candidate, statistic: str, tokenizer: TokenText | None) -> WorstSequence:

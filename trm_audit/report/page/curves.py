@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from trm_audit.report.axes import Axis, Mark
 from trm_audit.report.blocks import BoundCurves
-from trm_audit.report.figures import DIVERGENCES, STYLE, Figure, figure
-from trm_audit.report.plots import Cells, Panel, Series, chart, grid, pairs
+from trm_audit.report.page.axes import Axis, Mark
+from trm_audit.report.page.figures import DIVERGENCES, STYLE, Figure, figure
+from trm_audit.report.page.plots import Cells, Panel, Series, chart, grid, pairs
+from trm_audit.report.page.svg import NUM_SHADES
 from trm_audit.report.shown import number, percent
 from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance
-from trm_audit.report.svg import NUM_SHADES
 
 PAPER = {"max": 0.05, "mean": 0.001}
 """Thresholds that the paper uses, marked in the figures."""

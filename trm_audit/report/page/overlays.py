@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from trm_audit.report.axes import Axis
-from trm_audit.report.figures import DIVERGENCES, Figure, drawn_together, figure, steps
-from trm_audit.report.plots import Panel, Series, chart
+from trm_audit.report.page.axes import Axis
+from trm_audit.report.page.figures import DIVERGENCES, Figure, drawn_together, figure, steps
+from trm_audit.report.page.plots import Panel, Series, chart
 from trm_audit.report.shown import number, percent
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trm_audit.numerics.ragged import Bools, Floats
-from trm_audit.report.axes import LEFT, Axis, Mark, draw_legend, draw_mark, legend_columns, name_above, set_axis
-from trm_audit.report.svg import COLOUR, NUM_SHADES, WIDTH, Alt, add_axes, draw
+from trm_audit.report.page.axes import LEFT, Axis, Mark, draw_legend, draw_mark, legend_columns, name_above, set_axis
+from trm_audit.report.page.svg import COLOUR, NUM_SHADES, WIDTH, Alt, add_axes, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from trm_audit.report import curves, figures, overlays, reasons
 from trm_audit.report.blocks import DeltaTable, ShownToken
+from trm_audit.report.page import curves, figures, overlays, reasons
 from trm_audit.report.shown import MISSING, SHADES, number, percent, shade, visible, visible_token
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     out = Environment(
-        loader=PackageLoader("trm_audit.report"),
+        loader=PackageLoader("trm_audit.report.page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trm_audit.report.axes import Axis
 from trm_audit.report.blocks import ImpulseShare, TokenBin
-from trm_audit.report.figures import Figure, figure
-from trm_audit.report.plots import Panel, Series, chart
+from trm_audit.report.page.axes import Axis
+from trm_audit.report.page.figures import Figure, figure
+from trm_audit.report.page.plots import Panel, Series, chart
 from trm_audit.report.shown import number, percent
 from trm_audit.report.summary import AuditSummary, Category
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trm_audit.report.svg import COLOUR, HALO, WIDTH
+from trm_audit.report.page.svg import COLOUR, HALO, WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

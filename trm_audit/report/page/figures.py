@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trm_audit.report.axes import Axis, Mark
 from trm_audit.report.blocks import Distribution
-from trm_audit.report.plots import Cells, Panel, Series, chart, grid
+from trm_audit.report.page.axes import Axis, Mark
+from trm_audit.report.page.plots import Cells, Panel, Series, chart, grid
+from trm_audit.report.page.svg import NUM_SHADES, Alt
 from trm_audit.report.shown import number
 from trm_audit.report.summary import AuditSummary, Quantiles
-from trm_audit.report.svg import NUM_SHADES, Alt
 
 DIVERGENCES = ("kl", "kl_lower", "kl_upper", "k3", "k2", "abs_log_ratio", "tv")
 """In the order in which a reader wants them; the first that the data have leads."""
