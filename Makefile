@@ -1,6 +1,6 @@
 # make demo    score -> filter -> report on the sample data
 # make test    the test suite
-# make bench   speed and memory of scoring beside other ways and the machine's limit, 15 to 20 minutes on two cores
+# make bench   speed and memory of scoring beside other ways and the machine's limit, of the report of ten million tokens; 20 minutes
 # make check   format, lint, types, tests: what CI runs
 # All of them make their own environment in .venv first.
 
@@ -26,6 +26,8 @@ BENCH = $(BIN)/python -m bench.scoring --model .venv/smollm2
 MAIN = padded padded-kl packed ours
 
 bench: .venv/.ready .venv/smollm2/config.json
+	$(BIN)/python -m bench.report_ten_million
+	$(BIN)/python -m bench.report_ten_million 10000000 10
 	$(BENCH) --out cpu-1-float32 --title 'SmolLM2-135M, float32, full vocabulary' --dtype float32 \
 		--workloads W1 W2 --modes full --arms $(MAIN) ours-packed ours-torch ours-no-read-ahead
 	$(BENCH) --out cpu-2-float32 --title 'SmolLM2-135M, float32, full vocabulary, more workloads' --dtype float32 \

@@ -1,6 +1,6 @@
 """How long the HTML report of ten million tokens takes, and how much memory, beside reading the same files.
 
-python bench/report_ten_million.py [TOKENS [MEAN_LENGTH]]
+python -m bench.report_ten_million [TOKENS [MEAN_LENGTH]]
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def main(tokens: int, mean_length: int) -> None:
         began = time.perf_counter()
         num_bytes = sum(pq.read_table(file).nbytes for file in sorted(scores.glob("*.parquet")))
         read = time.perf_counter() - began
-        command = ["trm-audit", "report", str(scores), "--delta-max", "0.05", "--delta-avg", "0.002", "-o", str(page)]
+        command = [str(Path(sys.executable).with_name("trm-audit")), "report", str(scores)]
+        command += ["--delta-max", "0.05", "--delta-avg", "0.002", "-o", str(page)]
         began = time.perf_counter()
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - began

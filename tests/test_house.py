@@ -23,7 +23,7 @@ from trm_audit.shards import schema
 from trm_audit.shards.training import FIRST
 
 ROOT = Path(trm_audit.__file__).parent
-HEAVY = {"torch", "transformers", "scipy", "rich", "pyarrow", "numpy", "safetensors"}
+HEAVY = {"torch", "transformers", "scipy", "rich", "pyarrow", "numpy", "safetensors", "matplotlib", "jinja2"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -92,6 +92,8 @@ for command in (
     ["filter", scores, "--delta-max", "0.05", "-o", out],
     ["report", scores, "--delta-max", "0.05"],
     ["report", scores, "--json"],
+    ["report", scores, "--format", "html"],
+    ["report", scores, out],
     ["bounds", "--horizon", "4096", "--kl-max", "1e-4", "--kl-seq", "0.01"],
     ["validate", rollouts, "--no-logits"],
     ["schema", "rollout"],

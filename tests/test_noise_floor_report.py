@@ -217,7 +217,7 @@ def report_on(scores: Path, **criteria: Any) -> AuditSummary:
 
 def printed(summary: AuditSummary) -> str:
     out = io.StringIO()
-    render(summary, Console(file=out, width=80, legacy_windows=False))
+    render(summary, Console(file=out, width=80, legacy_windows=False), full=True)
     return out.getvalue()
 
 

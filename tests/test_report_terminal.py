@@ -29,9 +29,9 @@ def summary_of(grade: str, **columns: list[object]) -> AuditSummary:
     return builder.finish()
 
 
-def printed(summary: AuditSummary, width: int = 80, color: bool = False) -> str:
+def printed(summary: AuditSummary, width: int = 80, color: bool = False, full: bool = True) -> str:
     out = io.StringIO()
-    render(summary, Console(file=out, width=width, force_terminal=color, legacy_windows=False))
+    render(summary, Console(file=out, width=width, force_terminal=color, legacy_windows=False), full=full)
     return out.getvalue()
 
 
@@ -74,6 +74,28 @@ def test_sections_answer_questions_in_order() -> None:
     )
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("grade", ["exact", "interval", "sampled"])
+def test_the_first_screen_fits_one_and_says_where_the_rest_is(grade: str) -> None:
+    summary = summary_of(grade)
+    text = printed(summary, full=False)
+    lines = text.splitlines()
+    assert len(lines) <= 60
+    assert lines[0].startswith(f"{summary.n_kept} of 40 sequences kept (")
+    for found in summary.warnings:
+        assert " ".join(found.sentence.split()[:5]) in " ".join(text.split())
+    for part in (
+        "95 % upper limit",
+        "mean_k3",
+        "Share of sequences that a threshold",
+        "Bound on the surrogate's error",
+    ):
+        assert part in text
+    assert lines[-1].startswith("More: -o report.html")
+    # AND nothing of it is missing from the whole
+    whole = printed(summary).splitlines()
+    assert {line for line in lines if line.startswith(("sequences ", "prompts ", "0.05 "))} <= set(whole)
 
 
 def test_an_empty_summary_is_readable() -> None:

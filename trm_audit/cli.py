@@ -210,6 +210,7 @@ def report(
     output: Path | None,
     overwrite: bool,
     pool: bool,
+    full: bool,
     gates: tuple[str, ...],
     trackers: dict[str, str],
     **settings: Any,
@@ -235,7 +236,7 @@ def report(
         write_report(render(found, form), output, overwrite=overwrite)
         say(f"{found.verdict} -> {output}")
     elif form == "terminal":
-        render_to_terminal(found, sys.stdout)
+        render_to_terminal(found, sys.stdout, full=full)
     else:
         click.echo(render(found, form), nl=False)
     for kind, project in trackers.items():

@@ -211,6 +211,7 @@ REPORT_FLAGS = (
     ),
     click.option("--json", "form", flag_value="json", help="Short for --format json (schemas/report.schema.json)."),
     click.option("--overwrite", is_flag=True, help="Replace the file that -o names."),
+    click.option("--full", is_flag=True, help="Print every table to the terminal, not the first screen alone."),
     click.option("--pool", is_flag=True, help="Take two folders as one data set instead of comparing them."),
     click.option(
         "--fail-on", "gates", multiple=True, metavar="COND", help='Exit 1 if this holds: "acceptance<0.7". Repeatable.'

@@ -26,8 +26,8 @@ def render(found: AuditSummary | Comparison, form: str) -> str:
     return found.to_json() + "\n"
 
 
-def render_to_terminal(found: AuditSummary | Comparison, file: TextIO) -> None:
-    """Print the report in the width of the terminal, or in 80 columns to anything else."""
+def render_to_terminal(found: AuditSummary | Comparison, file: TextIO, *, full: bool = False) -> None:
+    """Print the report in the width of the terminal, or in 80 columns to anything else; `full` for all tables."""
     from rich.console import Console
 
     from trm_audit.report.compare import render_comparison
@@ -36,6 +36,6 @@ def render_to_terminal(found: AuditSummary | Comparison, file: TextIO) -> None:
 
     console = Console(file=file)
     if isinstance(found, AuditSummary):
-        render_summary(found, console)
+        render_summary(found, console, full=full)
     else:
         render_comparison(found, console)

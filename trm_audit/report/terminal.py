@@ -6,12 +6,14 @@ markup: cells are `Text`, which has none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from trm_audit.report.blocks import Metric
 from trm_audit.report.noise import AGAINST, NoiseFloor, sharing_rung
 from trm_audit.report.shown import number, percent, visible
 from trm_audit.report.summary import AuditSummary, BoundsBlock, Category, Rewards
@@ -33,6 +35,7 @@ _SHOWN_CURVES = (
     "seq_max_tv",
     "seq_max_abs_log_ratio",
 )
+_MAIN_METRICS = ("mean_kl", "mean_kl_lower", "mean_kl_upper", "mean_k3", "mean_abs_log_ratio", "mean_ratio", "ess_seq")
 NAMES_WIDTH = 16
 SHOWN_WORST = 5
 
@@ -40,20 +43,27 @@ SHOWN_WORST = 5
 _SHOWN_OF_RUN = ("model", "model_hash", "dtype", "head_dtype", "device")
 
 
-def render(summary: AuditSummary, console: Console) -> None:
-    """Print the summary to a console; readable from 80 columns on."""
+def render(summary: AuditSummary, console: Console, *, full: bool = False) -> None:
+    """Print the summary to a console; readable from 80 columns on.
+
+    Args:
+        full: all tables and notes, not the first screen alone.
+    """
     console.print(Text(visible(summary.verdict), style="bold"))
     if summary.evidence:
         console.print(Text(visible(summary.evidence)))
     for finding in summary.warnings:
         console.print(Text("Warning: ", style="bold yellow"), Text(visible(finding.sentence)), sep="")
-    for section in SECTIONS:
+    for section in SECTIONS if full else FIRST_SCREEN:
         for part in section(summary):
             console.print()
             console.print(part)
-    for note in summary.notes:
+    for note in summary.notes if full else ():
         console.print()
         console.print(Text(f"Note: {visible(note)}", style="dim"))
+    if not full and summary.counts.n_total:
+        console.print()
+        console.print(Text(MORE, style="dim"))
 
 
 def table_of(*columns: str) -> Table:
@@ -166,6 +176,16 @@ def _acceptance(summary: AuditSummary) -> list[Group]:
     return [titled("Share of sequences that a threshold alone would keep", table)] if shown else []
 
 
+def _smallest_bound(summary: AuditSummary) -> list[Text]:
+    whole = summary.bounds.get("all", {})
+    shown = [name for name in whole if name in summary.counts.grades] or list(whole)
+    return [Text(visible(f"Bound on the surrogate's error ({name}): {whole[name].sentence}")) for name in shown[:1]]
+
+
+def _by_staleness(summary: AuditSummary) -> list[Group]:
+    return [titled("By staleness", _breakdown("staleness", summary.by_staleness))] if summary.by_staleness else []
+
+
 def _bounds(summary: AuditSummary) -> list[Group]:
     """One table for each kind of evidence that is the best of some row; the JSON has the others."""
     whole, kept = summary.bounds.get("all", {}), summary.bounds.get("kept", {})
@@ -203,12 +223,20 @@ def _objectives(summary: AuditSummary) -> list[Group]:
     return [titled("Objectives", table)] if table.row_count else []
 
 
+def _main_metrics(summary: AuditSummary) -> list[Group]:
+    return _metric_table({name: summary.metrics[name] for name in _MAIN_METRICS if name in summary.metrics})
+
+
 def _metrics(summary: AuditSummary) -> list[Group]:
     """What training logs show too; definitions, and the names that they have elsewhere, are in the page."""
+    return _metric_table(summary.metrics)
+
+
+def _metric_table(metrics: Mapping[str, Metric]) -> list[Group]:
     table = table_of("", "value", "low", "high")
-    for name, found in summary.metrics.items():
+    for name, found in metrics.items():
         row(table, name, found.value, found.low, found.high)
-    clusters = max((found.clusters for found in summary.metrics.values()), default=0)
+    clusters = max((found.clusters for found in metrics.values()), default=0)
     title = f"Figures of training logs (95 % bootstrap intervals over {clusters} groups)"
     return [titled(title, table)] if table.row_count else []
 
@@ -257,6 +285,9 @@ def short(name: str) -> str:
     return label if len(label) <= NAMES_WIDTH else label[: NAMES_WIDTH - 1] + "…"
 
 
+FIRST_SCREEN = (_decision, _targets, _main_metrics, _acceptance, _smallest_bound, _by_staleness)
+"""What a reader needs first; the page has the rest."""
+MORE = "More: -o report.html writes the whole page, --full prints all tables here."
 SECTIONS = (
     _data,
     _decision,
