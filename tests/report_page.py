@@ -280,7 +280,7 @@ def parts(hostile: tuple[str, ...]) -> dict[str, object]:
         ),
         "bounds_by_horizon": {"exact": horizons()},
         "by_engine": [category(name, 0.01 * (i + 1), 0.5) for i, name in enumerate(hostile)],
-        "by_policy_version": [category(v, 0.1 / (1 + v), 1 - 0.001 * v) for v in (80, 140, 170, 190, 200)],
+        "by_policy_version": [category(v, 0.1 / (1 + v), 1 - 0.001 * v) for v in (80, 140, 170, 190, 199, 200)],
         "by_staleness": [category(s, 1e-4 * (1 + s), 1 - 0.007 * s) for s in (0, 10, 30, 60, 120)],
         "by_position": bins([0.0, 1.0, *powers[1:]], 0.3),
         "by_rollout_probability": bins([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0], 0.8),

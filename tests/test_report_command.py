@@ -115,6 +115,27 @@ def test_two_folders_can_be_taken_as_one_data_set(run: Run, sampled_scores: Path
     assert json.loads(pooled.out)["counts"]["n_total"] == 24
 
 
+def test_folders_whose_shards_have_the_same_names_can_be_taken_as_one_data_set(
+    run: Run, sampled_scores: Path, tmp_path: Path
+) -> None:
+    files = sorted((sampled_scores / "data").iterdir())
+    for half, file in (("a", files[0]), ("b", files[1])):
+        (tmp_path / half).mkdir()
+        (tmp_path / half / "scores.parquet").symlink_to(file)
+    pooled = run("report", tmp_path / "a", tmp_path / "b", "--pool", "--json")
+    assert json.loads(pooled.out)["counts"]["n_total"] == sum(pq.read_metadata(file).num_rows for file in files[:2])
+    # a file that is named twice counts once
+    twice = run("report", sampled_scores, files[0], "--json")
+    assert json.loads(twice.out)["counts"]["n_total"] == 24
+
+
+def test_scores_and_training_shards_are_not_one_data_set(run: Run, sampled_scores: Path, tmp_path: Path) -> None:
+    assert run("filter", sampled_scores, *DELTA, "-o", tmp_path / "train").code == 0
+    outcome = run("report", sampled_scores, tmp_path / "train", "--pool")
+    assert outcome.code == 3
+    assert "score shards and training shards were given" in outcome.err
+
+
 def test_gates_hold_the_difference_of_two_audits(run: Run, sampled_scores: Path, exact_scores: Path) -> None:
     same = run("report", sampled_scores, sampled_scores, "--json", "--fail-on", "differences.mean_k3.difference!=0")
     assert same.code == 0
@@ -186,3 +207,31 @@ def test_the_page_of_real_scores_is_one_file_without_scripts(run: Run, tiny_scor
     page.feed(run("report", tiny_scores, *DELTA, "--format", "html").out.decode())
     assert {"svg", "table", "details", "meta"} <= set(page.tags)
     assert not {"script", "link", "iframe", "object", "img", "form"} & set(page.tags)
+
+
+def test_of_dropped_rows_the_bounds_of_the_kept_are_shown_alone(run: Run, exact_scores: Path, tmp_path: Path) -> None:
+    run("filter", exact_scores, *DELTA, "--drop", "-o", tmp_path / "train")
+    for form in (("--full",), ("--format", "html")):
+        assert b"conditional on the kept sequences" in b" ".join(run("report", tmp_path / "train", *form).out.split())
+    assert b"Bound on the surrogate's error (exact)" in run("report", tmp_path / "train").out
+    assert b"smallest bound" in run("report", tmp_path / "train", "--format", "md").out
+
+
+def test_a_gate_without_its_path_is_told_the_path(run: Run, sampled_scores: Path) -> None:
+    outcome = run("report", sampled_scores, "--fail-on", "mean_k3>0")
+    assert outcome.code == 2
+    assert "Near: metrics.mean_k3.value," in outcome.err
+
+
+def test_words_in_a_column_of_numbers_are_an_error_that_names_it(
+    run: Run, sampled_scores: Path, tmp_path: Path
+) -> None:
+    file = sorted((sampled_scores / "data").iterdir())[0]
+    table = pq.read_table(file)
+    at = table.schema.get_field_index("seq_max_k2")
+    changed = table.set_column(at, "seq_max_k2", [["far"] * len(table)])
+    footer = {k: v for k, v in pq.read_metadata(file).metadata.items() if k.startswith(b"trm_audit")}
+    pq.write_table(changed.replace_schema_metadata(footer), tmp_path / file.name)
+    outcome = run("report", tmp_path)
+    assert outcome.code == 3
+    assert "'seq_max_k2' is string, numbers are needed" in outcome.err

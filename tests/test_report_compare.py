@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from rich.console import Console
 
 from trm_audit.report.blocks import Finding
 from trm_audit.report.builder import SummaryBuilder
-from trm_audit.report.compare import NO_INTERVALS, Comparison, Difference, compare, render_comparison
+from trm_audit.report.compare import NO_INTERVALS, Comparison, Difference, compare
 from trm_audit.report.gates import check, parse_gate
+from trm_audit.report.metrics import NUM_BUCKETS
 from trm_audit.report.shown import number, percent
+from trm_audit.report.side_by_side import render_comparison
 from trm_audit.report.summary import AuditSummary, Thresholds
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
@@ -296,6 +299,32 @@ def test_the_notes_say_which_groups_the_intervals_rest_on(
     assert {each.paired for each in found.differences.values() if each.has_interval} == {paired}
 
 
+def test_groups_whose_hashes_coincide_are_not_called_the_same() -> None:
+    # GIVEN other prompts in B, each with the hash of one in A
+    rows_a, rows_b = rows_of(0), rows_of(1)
+    by_hash = {zlib.crc32(f"other-{i}".encode()) % NUM_BUCKETS: f"other-{i}" for i in range(20 * NUM_BUCKETS)}
+    named = {row["group_id"]: by_hash[zlib.crc32(row["group_id"].encode()) % NUM_BUCKETS] for row in rows_a}
+    a, b = audit(rows_a), audit([row | {"group_id": named[row["group_id"]]} for row in rows_b])
+    assert (a[0].metrics.clusters()[0] == b[0].metrics.clusters()[0]).all()
+    # WHEN they are compared, THEN nothing is said to be paired
+    found = compared(a, b)
+    n = len(named)
+    assert [note for note in found.notes if f"(0 groups in both, {n} only in A, {n} only in B)" in note]
+    assert {each.paired for each in found.differences.values() if each.has_interval} == {False}
+
+
+def test_without_groups_the_notes_speak_of_sequences() -> None:
+    alone = [{name: value for name, value in row.items() if name != "group_id"} for row in rows_of(0)]
+    notes = " ".join(compared(audit(alone), audit(alone[:100])).notes)
+    assert "sequences are in both and were drawn together" in notes
+    assert "groups" not in notes
+
+
+def test_a_verdict_on_an_audit_without_its_rejected_rows_says_so() -> None:
+    a, b = known(0, delta=0.05), audit(rows_of(0), delta=0.05, num_dropped=120)
+    assert compared(a, b).verdict.endswith("They are not like for like: rejected rows (dropped before) differ.")
+
+
 def test_the_json_is_what_the_schema_says() -> None:
     report, schema = (
         json.loads((SCHEMAS / f"{name}.schema.json").read_text("utf-8")) for name in ("report", "comparison")
@@ -342,7 +371,7 @@ def test_the_terminal_shows_the_differences_within_eighty_columns(grade: str) ->
     for name, each in (drawn | rest).items():
         line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:4] == [number(each.a), number(each.b), number(each.difference)]
-        assert not each.has_interval or line.endswith(f"{each.low:.3g} to {each.high:.3g}")
+        assert not each.has_interval or line.endswith(f"{number(each.low)} to {number(each.high)}")
 
 
 def test_the_terminal_begins_with_the_verdict_and_the_warnings_and_obeys_no_name() -> None:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import pytest
 from report_page import HOSTILE, category, distribution, full_summary, quantiles, worst
 from report_rows import random_rows, score_batch
 
-from trm_audit.report.blocks import ProbabilityDensity, ShownToken
+from trm_audit.report.blocks import AcceptanceByLength, LengthCurve, ProbabilityDensity, ShownToken
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.compare import Comparison, Difference
+from trm_audit.report.page.curves import yours
 from trm_audit.report.page.html import render_comparison_html, render_html
 from trm_audit.report.shown import SHADES, number, percent, shade, visible, visible_token
-from trm_audit.report.summary import AuditSummary, Counts
+from trm_audit.report.summary import AuditSummary, CombinedAcceptance, Counts, Thresholds
 
 ALL_FIGURES = 19
 HERE = Path(__file__).parent
@@ -256,6 +258,104 @@ def test_another_process_with_other_hashes_writes_the_same_bytes(html: str) -> N
     assert run.stdout.decode() == html
 
 
+def test_the_first_screen_answers_before_it_warns_and_explains(html: str, summary: AuditSummary) -> None:
+    # GIVEN verdict, shares with their limits, and the noise floor beside the threshold
+    assert summary.violations is not None
+    assert summary.violations.prompts is not None
+    first = html[html.index('id="train"') : html.index('class="warnings"')]
+    # THEN they stand before the first warning
+    assert html.index(escape(summary.verdict)) < html.index('<dl class="tiles">')
+    for found in (summary.violations.sequences, summary.violations.prompts):
+        assert f"{number(found.violations)} of {number(found.n)}" in first
+        assert f"at most {percent(found.upper_95)}*" in first
+    assert "beside delta_max 0.05" in first
+    assert first.count("Kept") == 1
+
+
+def test_without_criteria_the_page_says_what_the_papers_thresholds_keep(summary: AuditSummary) -> None:
+    undecided = dataclasses.replace(summary, n_kept=None, acceptance=None, violations=None)
+    page = Page(render_html(undecided))
+    found = summary.acceptance_combined[0]
+    share = found.share[found.deltas.index(0.05)][found.deltas.index(0.001)]
+    at = page.texts.index("Kept at the paper's thresholds")
+    assert percent(share) in page.texts[at : at + 4]
+    assert "seq_max_kl ≤ 0.05 and seq_mean_kl ≤ 0.001" in page.texts
+    nothing = dataclasses.replace(undecided, acceptance_combined=[])
+    assert "Kept at the paper's thresholds" not in Page(render_html(nothing)).texts
+
+
+def test_thresholds_of_the_paper_and_of_the_criteria_are_named_in_the_tables(html: str) -> None:
+    assert '<th scope="row">0.05 <small>paper, yours</small></th>' in html
+    assert '<th scope="row">0.001 <small>paper</small></th>' in html
+    assert '<th scope="row">0.002 <small>yours</small></th>' in html
+
+
+def test_the_ring_is_at_the_thresholds_of_the_criteria_where_they_are_of_these_divergences(html: str) -> None:
+    assert "seq_max_kl up to 0.05 and seq_mean_kl up to 0.002 together" in html
+    assert "seq_max_k2 up to 0.05 and seq_mean_k3 up to 0.001 together" in html
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (Thresholds(), {}),
+        (Thresholds(delta_max=0.1, max_of="tv"), {"seq_max_tv": 0.1}),
+        (Thresholds(delta_max=0.1), {"seq_max_kl": 0.1, "seq_max_kl_lower": 0.1, "seq_max_k2": 0.1}),
+        (Thresholds(delta_avg=0.1, delta_total=2.0, avg_of="k3", total_of="kl"), {"seq_mean_k3": 0.1, "seq_sum_kl": 2}),
+    ],
+    ids=["none", "named", "by grade", "mean and total"],
+)
+def test_a_threshold_belongs_to_the_statistics_that_it_may_be_compared_with(
+    limits: Thresholds, expected: dict[str, float]
+) -> None:
+    assert yours(limits) == expected
+
+
+def test_versions_are_not_drawn_where_they_are_staleness_from_behind() -> None:
+    fresh = [dataclasses.replace(category(s, 1e-4 * (1 + s), 0.5), n=40 + s) for s in (0, 10, 30)]
+    versions = [dataclasses.replace(each, value=200 - int(each.value)) for each in reversed(fresh)]
+    some = dataclasses.replace(small_summary(), by_staleness=fresh, by_policy_version=versions)
+    ids = Page(render_html(some)).values("id")
+    assert "figure-staleness" in ids
+    assert "figure-version" not in ids
+    alone = dataclasses.replace(some, by_staleness=[])
+    assert "figure-version" in Page(render_html(alone)).values("id")
+    more = dataclasses.replace(some, by_policy_version=versions[1:])
+    assert "figure-version" in Page(render_html(more)).values("id")
+
+
+def test_figures_of_a_single_length_and_of_all_or_nothing_are_left_out(summary: AuditSummary) -> None:
+    one = AcceptanceByLength([4, 8, 16], [7, 0], [LengthCurve("seq_max_kl", 0.05, [1.0, None])])
+    sharp = CombinedAcceptance("kl", "kl", 1, [0.001, 0.05, 1.0], [[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    ids = Page(render_html(dataclasses.replace(summary, acceptance_by_length=one, acceptance_combined=[sharp]))).values(
+        "id"
+    )
+    assert not [name for name in ids if name in ("figure-length", "figure-combined-kl-kl")]
+    assert "figure-acceptance-max" in ids
+
+
+def test_what_is_kept_alike_at_every_length_is_said_once(summary: AuditSummary) -> None:
+    flat, falling = LengthCurve("seq_max_kl", 0.05, [1.0, 1.0]), LengthCurve("seq_sum_kl", 0.5, [1.0, 0.25])
+    some = dataclasses.replace(summary, acceptance_by_length=AcceptanceByLength([4, 8, 16], [7, 8], [flat, falling]))
+    said = "From the shortest to the longest they keep: seq_max_kl 100 %; seq_sum_kl 100 % to 25 %."
+    assert said in Page(render_html(some)).texts
+
+
+def test_one_of_something_is_not_written_as_many() -> None:
+    one = dataclasses.replace(small_summary(), counts=Counts(1, {"exact": 1}, {}, 1, 1, 0, 0, 0, 0, 0, 1))
+    text = render_html(one)
+    assert "1 policy token, 1 prompt<" in text
+    assert "Sequence read" in text
+    assert not re.search(r"\b1 (tokens|sequences|prompts)\b", text)
+
+
+def test_an_outlined_token_stays_on_one_line_unless_it_is_long() -> None:
+    short = dataclasses.replace(worst(1, "x"), response=[ShownToken(1, " for", 0.5, -1.0, -2.0)], start=260)
+    long = dataclasses.replace(short, response=[ShownToken(1, " " * 40, 0.5, -1.0, -2.0)])
+    assert '<mark class="short"><span' in render_html(dataclasses.replace(small_summary(), worst=[short]))
+    assert "<mark><span" in render_html(dataclasses.replace(small_summary(), worst=[long]))
+
+
 def test_a_users_matplotlib_settings_do_not_count(html: str, summary: AuditSummary) -> None:
     import matplotlib as mpl
 
@@ -420,5 +520,6 @@ def test_two_audits_stand_side_by_side(summary: AuditSummary) -> None:
     assert "-0.375 to -0.125" in page.texts
     assert page.tags.count("svg") == 6
     assert len(page.values("id")) == len(set(page.values("id")))
+    assert text.index("Differences with an interval") < text.index("<svg") < text.index("What was read")
     assert text == render_comparison_html(comparison)
     assert "script" not in page.tags

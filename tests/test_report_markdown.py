@@ -17,6 +17,7 @@ from trm_audit.report.blocks import DeltaRow, DeltaTable, Finding, WorstSequence
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.compare import Comparison, compare
 from trm_audit.report.markdown import cell, code, prose, render_markdown
+from trm_audit.report.shown import number, percent
 from trm_audit.report.summary import AuditSummary, Category, CategoryDivergence, Thresholds
 
 INVISIBLE = "\u200b"
@@ -178,7 +179,7 @@ def test_the_figures_are_those_of_the_summary() -> None:
     assert f"| {share.violations} ({100 * share.share:.2f} %) | at most {100 * share.upper_95:.2f} % |" in line
     for name in ("mean_kl", "mean_tv", "mean_k3"):
         metric = summary.metrics[name]
-        row = f"| `{name}` | {metric.value:.4g} | {metric.low:.3g} to {metric.high:.3g} |"
+        row = f"| `{name}` | {number(metric.value)} | {number(metric.low)} to {number(metric.high)} |"
         assert row in text
     block = summary.bounds["all"]["exact"]
     least = block.bounds[block.minimum]
@@ -202,6 +203,17 @@ def test_marked_deltas_staleness_and_worst_sequences_are_shown_and_the_rest_is_c
     assert "4 more causes." in text
 
 
+def test_the_thresholds_for_a_wanted_acceptance_are_shown() -> None:
+    builder = SummaryBuilder()
+    builder.add(score_batch(random_rows(np.random.default_rng(0), 60)))
+    found = builder.finish(target_acceptance=0.9)
+    text = render_markdown(found)
+    (target,) = [each for each in found.targets if each.statistic == "seq_max_kl"]
+    assert "| to keep 90 % | delta | keeps |" in text
+    assert f"| `seq_max_kl` | {number(target.delta)} | {percent(target.share_kept)} |" in text
+    assert "to keep" not in render_markdown(builder.finish())
+
+
 def test_an_empty_summary_and_one_without_most_columns_are_readable() -> None:
     assert "**No rollouts were read.**" in render_markdown(SummaryBuilder().finish())
     builder = SummaryBuilder()
@@ -220,7 +232,9 @@ def test_a_comparison_shows_its_differences_with_intervals_first() -> None:
     rows = lines_with(text, "| `")
     assert [row.split("`")[1] for row in rows[: len(drawn)]] == list(drawn)
     each = drawn["mean_k3"]
-    figures = f"{each.a:.4g} | {each.b:.4g} | {each.difference:.4g} | {each.low:.3g} to {each.high:.3g}"
+    figures = (
+        f"{number(each.a)} | {number(each.b)} | {number(each.difference)} | {number(each.low)} to {number(each.high)}"
+    )
     assert f"| `mean_k3` | {figures} |" in rows
 
 

@@ -288,9 +288,25 @@ def test_the_grades_default_divergence_decides_where_none_is_named() -> None:
     rows = mixed_rows()
     found = summarize(score_batch(rows), builder=SummaryBuilder(Thresholds(delta_max=0.05))).violations
     assert found is not None
-    values = [max(token_values(row, "kl") or token_values(row, "k2") or [0.0]) for row in rows]
+    others = [[*(token_values(row, "k2") or [0.0]), *(token_values(row, "kl_lower") or [])] for row in rows]
+    values = [max(token_values(row, "kl") or other) for row, other in zip(rows, others, strict=True)]
     assert found.sequences.violations == sum(v > 0.05 for v in values)
-    assert found.divergence == "seq_max_kl where exact, seq_max_k2 elsewhere"
+    assert found.divergence == "seq_max_kl where exact, the larger of seq_max_k2 and seq_max_kl_lower elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("grade", "said"),
+    [
+        ("exact", "seq_max_kl"),
+        ("interval", "the larger of seq_max_k2 and seq_max_kl_lower"),
+        ("sampled", "seq_max_k2"),
+    ],
+)
+def test_what_delta_max_is_compared_with_is_named_for_the_grades_that_occur(grade: str, said: str) -> None:
+    batch = score_batch(of_grade(mixed_rows(), grade))
+    found = summarize(batch, builder=SummaryBuilder(Thresholds(delta_max=0.05))).violations
+    assert found is not None
+    assert found.divergence == said
 
 
 def test_token_masking_drops_tokens_and_leaves_the_maximum() -> None:
@@ -355,6 +371,17 @@ def test_dropped_rows_still_count_in_n() -> None:
     summary = summarize(batch, num_dropped=30)
     assert (summary.counts.n_total, summary.n_kept, summary.acceptance) == (40, 10, 0.25)
     assert "dropped_rows" in [finding.code for finding in summary.warnings]
+
+
+def test_the_surrogate_is_over_all_rows_or_it_is_not_there() -> None:
+    rows = [row | {"reward": float(i % 2)} for i, row in enumerate(of_grade(mixed_rows(), "exact")[:10])]
+    batch = score_batch(rows).append_column("keep", pa.array([True] * 10))
+    whole, kept = summarize(batch).rewards, summarize(batch, num_dropped=30).rewards
+    assert whole is not None
+    assert kept is not None
+    assert whole.surrogate is not None
+    assert kept.surrogate is None
+    assert kept.masked_objective == pytest.approx((whole.masked_objective or 0) / 4)
 
 
 def test_statistics_alone_are_enough() -> None:

@@ -24,7 +24,7 @@ class Percentage(click.ParamType):  # type: ignore[type-arg]  # generic in recen
         except ValueError:
             self.fail(f"{text!r} is not a share like 1% or 0.01", param, ctx)
         if not 0 < share <= 1:
-            self.fail(f"{text} is not above 0 and at most 100%", param, ctx)
+            self.fail(f"{text} is not above 0 and at most 100%: write 90% or 0.9", param, ctx)
         return share
 
 

@@ -160,13 +160,31 @@ def _tokenizer(options: ReportOptions, shard: Shard | None) -> TokenText | None:
 
 
 def _find(inputs: Sequence[str], options: ReportOptions, watch: Progress) -> list[Shard]:
+    """The shards of all inputs, each file once; two folders may well call theirs the same.
+
+    Raises:
+        BadInput: see `_find_in`; or they are of several models, or both score and training shards.
+    """
+    found = {shard.path.resolve(): shard for each in inputs for shard in _find_in(each, options, watch)}
+    shards = list(found.values())
+    kinds = {b"training" if shard.metadata.get(schema.KIND) == b"training" else b"scores" for shard in shards}
+    models = {str(shard.json(schema.RUN).get("model_hash")) for shard in shards}
+    for differs, what in ((kinds, "score shards and training shards"), (models, "shards of different models")):
+        if len(differs) > 1:
+            raise BadInput(
+                f"{what} were given", place=", ".join(inputs), next_step="Report on them apart, or compare two folders."
+            )
+    return shards
+
+
+def _find_in(name: str, options: ReportOptions, watch: Progress) -> list[Shard]:
     """Training shards if there are any, otherwise the score shards of a finished run."""
     try:
-        training = find_shards(inputs, "training")
+        training = find_shards([name], "training")
     except BadInput:
         training = Found()
     if not training.shards:
-        scores = find_score_shards(inputs, options.allow_partial)
+        scores = find_score_shards([name], options.allow_partial)
         for path, reason in scores.passed_over:
             watch.note(f"{path} is passed over: {reason}")
         return scores.shards

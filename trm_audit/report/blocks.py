@@ -108,7 +108,7 @@ class DeltaTable:
 
     Attributes:
         n: sequences with the statistic, and those without policy tokens, which are never kept.
-        marked: the thresholds that the paper uses for this kind of criterion.
+        marked: the thresholds that the paper puts on this statistic; empty where it has none.
     """
 
     n: int

@@ -224,7 +224,8 @@ class SummaryBuilder:
         if delta is not None:
             largest = batch.filled(f"seq_max_{self.thresholds.max_of or 'kl'}")
             if self.thresholds.max_of is None:
-                largest = np.where(np.isnan(largest), batch.filled("seq_max_k2"), largest)
+                vetoed = np.fmax(batch.filled("seq_max_k2"), batch.filled("seq_max_kl_lower"))
+                largest = np.where(np.isnan(largest), vetoed, largest)
             known = ~np.isnan(largest)
             values["violation"] = np.where(known, (largest > delta).astype(np.float64), np.nan)
             self.largest_compared = max(self.largest_compared, float(np.fmax.reduce(largest)))

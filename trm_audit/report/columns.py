@@ -81,7 +81,7 @@ class ScoreBatch:
     def floats(self, name: str) -> Floats | None:
         """[rows] a scalar column, NaN for null; None without the column."""
         if name not in self._floats:
-            self._floats[name] = _to_floats(self.batch.column(name)) if self.has(name) else None
+            self._floats[name] = _to_floats(self.batch.column(name), name) if self.has(name) else None
         return self._floats[name]
 
     def filled(self, name: str) -> Floats:
@@ -196,7 +196,7 @@ class ScoreBatch:
         wrong = np.flatnonzero((entries >= 0) & (entries != self.lengths))
         if len(wrong):
             raise _length_error(name, int(wrong[0]), int(entries[wrong[0]]), int(self.lengths[wrong[0]]))
-        values = _to_floats(column.flatten())
+        values = _to_floats(column.flatten(), name)
         if not column.null_count:
             return values
         out = np.full(int(self.lengths.sum()), missing)
@@ -213,12 +213,12 @@ def oldest_policy_version(batch: ScoreBatch) -> Floats | None:
         return batch.floats("policy_version")
     out = np.full(batch.num_rows, np.inf)
     lengths = np.maximum(_lengths(column), 0)
-    values = _to_floats(column.flatten())
+    values = _to_floats(column.flatten(), "policy_version")
     if batch.has("response_mask"):
         masks = batch.batch.column("response_mask")
         known = np.repeat(np.asarray(masks.is_valid()), lengths)
         inside = np.ones(len(values), dtype=bool)
-        inside[known] = _to_floats(masks.filter(column.is_valid()).flatten()) == 1
+        inside[known] = _to_floats(masks.filter(column.is_valid()).flatten(), "response_mask") == 1
         values = np.where(inside, values, np.nan)
     np.fmin.at(out, np.repeat(np.arange(batch.num_rows), lengths), values)
     out[np.isinf(out)] = np.nan
@@ -235,9 +235,20 @@ def _lengths(column: pa.Array) -> Ints:
     return lengths
 
 
-def _to_floats(column: pa.Array) -> Floats:
-    """float64 with NaN for null; of any numeric, bool or null type."""
-    values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+def _to_floats(column: pa.Array, name: str) -> Floats:
+    """float64 with NaN for null; of any numeric, bool or null type.
+
+    Raises:
+        BadInput: what the column `name` holds is no number.
+    """
+    try:
+        values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        raise BadInput(
+            f"column {name!r} is {column.type}, numbers are needed",
+            place="score shards",
+            next_step="Convert it, or leave it out (schemas/score.md).",
+        ) from error
     return values
 
 

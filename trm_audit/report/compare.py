@@ -14,19 +14,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.table import Table
-from rich.text import Text
-
 from trm_audit.numerics.bootstrap import bootstrap_difference
 from trm_audit.report.metrics import statistics
-from trm_audit.report.shown import number, percent, visible
+from trm_audit.report.shown import percent
 from trm_audit.report.summary import AuditSummary, json_ready
-from trm_audit.report.terminal import row, table_of, titled
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from trm_audit.report.builder import SummaryBuilder
 
 SCHEMA_VERSION = 1
@@ -131,11 +124,13 @@ def compare(
         name_a, name_b: what the user calls them.
     """
     (keys_a, sums_a), (keys_b, sums_b) = builder_a.metrics.clusters(), builder_b.metrics.clusters()
+    shared = _overlap(builder_a, builder_b)
+    if 2 * shared.both < shared.both + shared.only_a + shared.only_b and len(keys_a):
+        keys_b = keys_b + keys_a.max() + 1  # other groups may have the same hash
     intervals, paired = bootstrap_difference(keys_a, sums_a, keys_b, sums_b, statistics)
-    both = len(np.intersect1d(keys_a, keys_b))
     differences = _differences(summary_a, summary_b, intervals, paired)
     has_intervals = any(found.has_interval for found in differences.values())
-    drawn = _on_intervals(both, len(keys_a) - both, len(keys_b) - both, paired) if has_intervals else [NO_INTERVALS]
+    drawn = _on_intervals(shared, paired) if has_intervals else [NO_INTERVALS]
     return Comparison(
         verdict=_verdict(summary_a, summary_b, differences, paired),
         notes=_notes(summary_a, summary_b) + drawn,
@@ -213,6 +208,7 @@ def _unlike(a: AuditSummary, b: AuditSummary) -> dict[str, bool]:
         "audited policies": a.counts.audited_policies.keys() != b.counts.audited_policies.keys(),
         "models": (a.run or {}).get("model_hash") != (b.run or {}).get("model_hash"),
         "precisions": _precision(a) != _precision(b),
+        "rejected rows (dropped before)": a.counts.num_dropped != b.counts.num_dropped,
     }
 
 
@@ -251,66 +247,41 @@ def _precision(summary: AuditSummary) -> str:
     return str(dtype or "not known") if head in (None, dtype) else f"{dtype}, head {head}"
 
 
-def _on_intervals(both: int, only_a: int, only_b: int, paired: bool) -> list[str]:
-    """What the intervals rest on, by how many groups occur where."""
+@dataclass(frozen=True)
+class _Overlap:
+    """How many groups (sequences where neither audit has any) occur where."""
+
+    unit: str
+    both: int
+    only_a: int
+    only_b: int
+
+
+def _overlap(a: SummaryBuilder, b: SummaryBuilder) -> _Overlap:
+    """By name where every row has a group; otherwise by the hashes of groups and rollouts, a few of which coincide."""
+    named = all(each.counts["num_grouped"] == each.counts["n_total"] for each in (a, b))
+    if named:
+        of_a, of_b = (set(map(str, each.clusters.groups.index)) for each in (a, b))
+    else:
+        of_a, of_b = (set(map(str, each.metrics.clusters()[0].tolist())) for each in (a, b))
+    grouped = a.counts["num_grouped"] + b.counts["num_grouped"]
+    return _Overlap("groups" if grouped else "sequences", len(of_a & of_b), len(of_a - of_b), len(of_b - of_a))
+
+
+def _on_intervals(shared: _Overlap, paired: bool) -> list[str]:
+    """What the intervals rest on."""
+    unit, both, only_a, only_b = shared.unit, shared.both, shared.only_a, shared.only_b
     said = ["Each interval holds at 95 % for itself: of twenty equal figures one is expected to exclude 0 by chance."]
     if not paired:
         said.append(
-            f"The prompts are not the same ({both} groups in both, {only_a} only in A, {only_b} only in B): the two "
+            f"The prompts are not the same ({both} {unit} in both, {only_a} only in A, {only_b} only in B): the two "
             "were drawn independently, and other prompts alone can make a difference."
         )
     elif only_a or only_b:
         said.append(
-            f"{both} groups are in both and were drawn together; {only_a} only in A and {only_b} only in B can make a "
+            f"{both} {unit} are in both and were drawn together; {only_a} only in A and {only_b} only in B can make a "
             "difference by themselves."
         )
     if min(only_a, only_b) + both < FEW_CLUSTERS:
-        said.append(f"With {min(only_a, only_b) + both} groups the intervals are narrower than they should be.")
+        said.append(f"With {min(only_a, only_b) + both} {unit} the intervals are narrower than they should be.")
     return said
-
-
-def render_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the comparison to a console; readable from 80 columns on."""
-    console.print(Text(visible(comparison.verdict), style="bold"))
-    for name, called, summary in (("A", comparison.name_a, comparison.a), ("B", comparison.name_b, comparison.b)):
-        console.print(Text(visible(f"{name}: {called}")))
-        for finding in summary.warnings:
-            console.print(Text(f"Warning ({name}): ", style="bold yellow"), Text(visible(finding.sentence)), sep="")
-    drawn, rest = comparison.shown()
-    parts = [titled("What was read", _read(comparison))]
-    parts += [titled("Differences, with 95 % intervals over groups", _difference_table(drawn))] if drawn else []
-    parts += [titled("Differences without an interval", _difference_table(rest))] if rest else []
-    for part in parts:
-        console.print()
-        console.print(part)
-    for note in comparison.notes:
-        console.print()
-        console.print(Text(f"Note: {visible(note)}", style="dim"))
-
-
-def _read(comparison: Comparison) -> Table:
-    table = table_of("", "A", "B")
-    a, b = comparison.a, comparison.b
-    row(table, "sequences (N)", a.counts.n_total, b.counts.n_total)
-    for grade in dict.fromkeys((*a.counts.grades, *b.counts.grades)):
-        row(table, f"  grade {grade}", a.counts.grades.get(grade, 0), b.counts.grades.get(grade, 0))
-    for name in ("num_groups", "num_tokens", "horizon"):
-        row(table, name, getattr(a.counts, name), getattr(b.counts, name))
-    for name in ("model_hash", "dtype", "head_dtype"):
-        cells = [str((each.run or {}).get(name) or "-")[:16] for each in (a, b)]
-        row(table, f"scored with {name}", *cells)
-    whole_a, whole_b = a.bounds.get("all", {}), b.bounds.get("all", {})
-    for name in (name for name in whole_a if name in whole_b):
-        for form in ("published", "sharp"):
-            least = (getattr(block.bounds[block.minimum], form) for block in (whole_a[name], whole_b[name]))
-            row(table, f"smallest bound ({name}, {form})", *least)
-    return table
-
-
-def _difference_table(found: dict[str, Difference]) -> Table:
-    drawn = any(each.has_interval for each in found.values())
-    table = table_of("", "A", "B", "B - A", *["95 % interval"] * drawn)
-    for name, each in found.items():
-        interval = [f"{each.low:.3g} to {each.high:.3g}"] * drawn
-        row(table, name, *(number(value) for value in (each.a, each.b, each.difference)), *interval)
-    return table

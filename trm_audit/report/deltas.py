@@ -38,8 +38,11 @@ ROUND_DELTAS = np.array([float(f"{m}e{e}") for e in range(-6, 4) for m in (1, 2,
 FINE_DELTAS = np.concatenate([[0.0], decimals(-18, 18), [float(f"1e{e}") for e in range(18, 309)]])
 """Those of the targets: 0, then to 0.5 % between 1e-18 and 1e18, then powers of ten."""
 KINDS = ("max", "mean", "sum")
-MARKED: dict[str, list[float]] = {"max": [0.05], "mean": [0.001], "sum": []}
-"""Thresholds of arXiv 2512.23075 by kind of criterion."""
+MARKED = {
+    **{f"seq_max_{d}": [0.05] for d in ("kl", "kl_lower", "kl_upper", "k2", "abs_log_ratio")},
+    **{f"seq_mean_{d}": [0.001] for d in ("kl", "kl_lower", "kl_upper", "k3")},
+}
+"""Thresholds of arXiv 2512.23075 by the statistics that it puts them on (abs_log_ratio in its first version)."""
 MOST_ROWS = 14
 SAMPLED_DEFAULTS = {"max": "k2", "mean": "k3", "sum": "k3"}
 """The D of a criterion that names none, where there is no kl."""
@@ -185,7 +188,7 @@ class DeltaTotals:
         return name in _TABLED or name == "seq_max_tv" or name in self._given
 
     def _table(self, name: str, counts: WeightedCounts) -> DeltaTable:
-        marked = MARKED[name.split("_")[1]]
+        marked = MARKED.get(name, [])
         own = [self._given[name]] if name in self._given else []
         deltas = sorted({*_shown(counts.at_most(ROUND_DELTAS)), *marked, *own})
         kept, n = counts.at_most(np.array(deltas)), counts.count + self.num_empty

@@ -28,6 +28,8 @@ RATIO_OFF = 0.01
 CORRELATION, DEVIATIONS = 0.2, 4.0
 """Correlation of rejection and length that is worth a word, and the standard errors that it must lie away from 0."""
 LOW_ACCEPTANCE = 0.7
+FEWEST_SEQUENCES = 10
+"""Of fewer an acceptance says little."""
 """Share of kept sequences below which the cause is mostly not the threshold."""
 FEWEST_RESPONSES = 16
 """Responses that must all survive a round trip through the tokenizer before that says something."""
@@ -47,8 +49,8 @@ SENTENCES = {
     "{n} of {of} sequences. One of the two is of another token, temperature or stage, and what rests on it is wrong. "
     "Check temperature, top_p, top_k and logprobs_mode, and that row t belongs to response_ids[t].",
     "infinite_divergence": "Infinite KL at {n} of {of} tokens: the trainer gives probability 0 to something that the "
-    "sampler could say. Their sequences are never kept, and no bound over all rows is finite. Look for a vocabulary "
-    "that was cut or for logits that the model sets to -inf.",
+    "sampler could say. Their sequences are never kept, and of the bounds over all rows only those from TV can say "
+    "something. Look for a vocabulary that was cut or for logits that the model sets to -inf.",
     "mean_ratio": "The mean ratio is {value:.4g} (95 % interval {low:.4g} to {high:.4g}), where it should be 1. {why}",
     "raw_policy": "Raw log-probabilities of a sampler with a temperature or truncation in {n} of {of} sequences: both "
     "policies are compared at temperature 1, and nothing can be said of the one that sampled. Have the engine store "
@@ -240,7 +242,7 @@ def _low_acceptance(counts: Counts, acceptance: float | None, violations: Violat
         what = f"stay within delta_max {violations.delta_max:g} ({violations.divergence})"
     else:
         return
-    if of and (of - rejected) / of < LOW_ACCEPTANCE:
+    if of >= FEWEST_SEQUENCES and (of - rejected) / of < LOW_ACCEPTANCE:
         share = 100 * (of - rejected) / of
         yield from _say("low_acceptance", rejected, of, share=share, what=what, limit=100 * LOW_ACCEPTANCE)
 

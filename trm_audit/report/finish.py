@@ -71,9 +71,9 @@ def summarize(builder: SummaryBuilder, settings: Settings) -> AuditSummary:
     """All numbers of the report."""
     counts = _counts(builder, _horizon(builder, settings.horizon), settings)
     decided = builder.counts["num_decided"] == builder.counts["n_total"] > 0
-    rewards = _rewards(builder.rewards, settings.reward_range, counts.n_total if decided else None)
     n_kept = builder.counts["n_kept"] if decided else None
     whole = settings.num_dropped == 0  # otherwise only kept rows are here, and what is said of all would be false
+    rewards = _rewards(builder.rewards, settings.reward_range, counts.n_total if decided else None, whole)
     metrics = builder.metrics.finish()
     if not (decided and whole):
         metrics.pop("acceptance", None)
@@ -231,7 +231,8 @@ def _violations(builder: SummaryBuilder, grouped: bool) -> Violations | None:
     sizes, sums, singles = builder.clusters.of("violation")
     alone = round(singles.count * singles.mean)
     prompts = _share(len(sizes) + singles.count, int(np.count_nonzero(sums)) + alone) if grouped else None
-    return Violations(words.deciding(builder.thresholds), delta, _share(n, builder.counts["num_violations"]), prompts)
+    compared = words.deciding(builder.thresholds, builder.grades)
+    return Violations(compared, delta, _share(n, builder.counts["num_violations"]), prompts)
 
 
 def _sequence_totals(clusters: ClusterTotals) -> dict[str, SequenceTotal]:
@@ -244,7 +245,7 @@ def _sequence_totals(clusters: ClusterTotals) -> dict[str, SequenceTotal]:
     return out
 
 
-def _rewards(totals: RewardTotals, given: float | None, n_decided: int | None) -> Rewards:
+def _rewards(totals: RewardTotals, given: float | None, n_decided: int | None, whole: bool) -> Rewards:
     low, high = totals.min_reward, totals.max_reward
     known = totals.num_rewards > 0
     if given is not None:
@@ -259,7 +260,7 @@ def _rewards(totals: RewardTotals, given: float | None, n_decided: int | None) -
         max=high if known else None,
         reward_range=width,
         reward_range_from=origin,
-        surrogate=totals.surrogate(),
+        surrogate=totals.surrogate() if whole else None,
         masked_objective=None if n_decided is None else totals.masked_objective(n_decided),
     )
 

@@ -82,7 +82,8 @@ def check(gates: Iterable[Gate], summary: Report) -> list[str]:
 def _failure(gate: Gate, report: dict[str, Any]) -> str:
     value = _look_up(gate.name, report)
     if value is None:
-        return f"{gate.name} is not known from these data, so {gate} cannot be ruled out"
+        judged = "; give --delta-max or --keep" if gate.name == "acceptance" else ""
+        return f"{gate.name} is not known from these data, so {gate} cannot be ruled out{judged}"
     return f"{gate.name} is {value:.6g} ({gate})" if _OPERATORS[gate.op](value, gate.number) else ""
 
 
@@ -109,8 +110,8 @@ def _step(value: Any, part: str, name: str, report: dict[str, Any]) -> Any:
 
 def _unknown(name: str, report: dict[str, Any]) -> UsageError:
     names = list(_numbers(report))
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
-    near += [known for known in names if known.endswith(f".{name}")][:4]
+    near = [known for known in names if known.endswith((f".{name}", f".{name}.value"))][:4]
+    near += difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     listed = ", ".join(dict.fromkeys(near)) or ", ".join(key for key in report if not isinstance(report[key], str))
     return UsageError(
         f"the report has no number named {name!r}",

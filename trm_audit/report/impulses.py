@@ -16,6 +16,7 @@ from trm_audit.numerics.histogram import LogHistogram
 from trm_audit.numerics.ragged import Bools, Floats, Ints
 from trm_audit.report.blocks import Impulses, ImpulseShare
 from trm_audit.report.columns import ScoreBatch
+from trm_audit.report.shown import number, percent
 
 REACH = 3
 """Neighbours on each side: policy tokens of the same sequence that have the divergence."""
@@ -193,14 +194,14 @@ def _kind(divergence: str, share: ImpulseShare) -> str:
     """Where the divergence of some tokens is: in a few of them, or in all."""
     where = "" if share.value is None else f"At staleness {share.value} "
     tokens = f"of {share.num_tokens:,} tokens"
-    level = f"the median token is at {share.median:.2g}"
+    level = f"the median token is at {number(share.median)}"
     if not share.num_impulses:
         said = f"{where}none {tokens} is an impulse; {level}{', all are shifted a little' * _shifted(share)}."
     elif math.isnan(share.share_of_sum):
         said = f"{where}{share.num_impulses:,} {tokens} are impulses, of an infinite sum of {divergence}; {level}."
     else:
-        carried = f"impulses carry {100 * share.share_of_sum:.3g} % of the summed {divergence}"
-        said = f"{where}{carried} on {100 * share.num_impulses / share.num_tokens:.3g} % {tokens}, and {level}: "
+        carried = f"impulses carry {percent(share.share_of_sum)} of the summed {divergence}"
+        said = f"{where}{carried} on {percent(share.num_impulses / share.num_tokens)} {tokens}, and {level}: "
         if share.share_of_sum >= 0.5:
             said += "single tokens, not a shift of all."
         else:
@@ -233,16 +234,16 @@ def _trend(first: ImpulseShare, last: ImpulseShare) -> list[str]:
     """What changes from the freshest tokens to the stalest."""
     if not last.median >= 2 * first.median or last.median == 0:
         return [
-            f"The median does not rise with staleness ({last.median:.2g} at {last.value}): no drift of the weights is "
-            "seen in it."
+            f"The median does not rise with staleness ({number(last.median)} at {last.value}): no drift of the weights "
+            "is seen in it."
         ]
     said = [
-        f"The median rises with staleness, from {first.median:.2g} at {first.value} to {last.median:.2g} at "
+        f"The median rises with staleness, from {number(first.median)} at {first.value} to {number(last.median)} at "
         f"{last.value}: drift of the weights."
     ]
-    before, after = (100 * share.num_impulses / share.num_tokens for share in (first, last))
+    before, after = (share.num_impulses / share.num_tokens for share in (first, last))
     if after >= 2 * before and last.num_impulses:
-        said.append(f"Impulses rise with it, from {before:.3g} % to {after:.3g} % of the tokens.")
+        said.append(f"Impulses rise with it, from {percent(before)} to {percent(after)} of the tokens.")
     return said
 
 

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from trm_audit.report.compare import Comparison
+from trm_audit.report.deltas import MARKED
 from trm_audit.report.noise import AGAINST
 from trm_audit.report.shown import number, percent, visible
 from trm_audit.report.summary import AuditSummary
 
 SHOWN_WARNINGS = 5
-SHOWN_METRICS = 7
 SHOWN_DELTAS = 4
 SHOWN_CATEGORIES = 8
 SHOWN_WORST = 3
@@ -25,17 +25,6 @@ SHOWN_REASONS = 5
 SHOWN_DIFFERENCES = 18
 SHOWN_NOTES = 9
 
-_MAIN_METRICS = (
-    "mean_kl",
-    "mean_kl_lower",
-    "mean_kl_upper",
-    "mean_tv",
-    "mean_k3",
-    "mean_abs_log_ratio",
-    "max_abs_log_ratio",
-    "mean_ratio",
-    "ess_token",
-)
 _NAME_BYTES = 160
 _SENTENCE_BYTES = 600
 _INVISIBLE = "&#8203;"  # a zero-width space, which ends what would be a mention, a reference or an address
@@ -112,6 +101,7 @@ def _summary(summary: AuditSummary) -> Iterator[list[str]]:
     yield _table(["", "value", "95 % interval"], [*_decision(summary), *_metrics(summary), *_bounds(summary)])
     yield _reasons(summary)
     yield _table(["at delta", "kept", "tokens kept", "mean reward kept"], _marked(summary))
+    yield _targets(summary)
     yield _by_staleness(summary)
     yield _worst(summary)
     yield [_NOT_EXHAUSTIVE]
@@ -144,23 +134,20 @@ def _decision(summary: AuditSummary) -> Iterator[list[str]]:
 
 
 def _metrics(summary: AuditSummary) -> Iterator[list[str]]:
-    for name in [name for name in _MAIN_METRICS if name in summary.metrics][:SHOWN_METRICS]:
-        metric = summary.metrics[name]
+    for name, metric in summary.main_metrics().items():
         yield [cell(name), number(metric.value), _interval(metric.low, metric.high)]
 
 
 def _bounds(summary: AuditSummary) -> Iterator[list[str]]:
     """The smallest bound of each kind of evidence that is the best of some row."""
-    whole = summary.bounds.get("all", {})
-    for name in [name for name in whole if name in summary.counts.grades] or list(whole):
-        block = whole[name]
+    for block in (blocks[0] for blocks in summary.main_bounds().values()):
         least = block.bounds[block.minimum]
         label = f"smallest bound, {cell(block.minimum)}, T = {block.horizon}"
         yield [label, f"{number(least.published)} published, {number(least.sharp)} sharp", ""]
 
 
 def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low + high) else f"{low:.3g} to {high:.3g}"
+    return "" if math.isnan(low + high) else f"{number(low)} to {number(high)}"
 
 
 def _reasons(summary: AuditSummary) -> list[str]:
@@ -183,6 +170,16 @@ def _marked(summary: AuditSummary) -> list[list[str]]:
         if row.delta in table.marked
     ]
     return rows[:SHOWN_DELTAS]
+
+
+def _targets(summary: AuditSummary) -> list[str]:
+    """The thresholds for the acceptance that was asked for, on the statistics that the paper's criteria are on."""
+    rows = [
+        [cell(each.statistic), number(each.delta), percent(each.share_kept)]
+        for each in summary.targets
+        if each.statistic in MARKED
+    ]
+    return _table([f"to keep {percent(summary.targets[0].target)}", "delta", "keeps"], rows) if rows else []
 
 
 def _by_staleness(summary: AuditSummary) -> list[str]:

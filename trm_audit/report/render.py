@@ -30,7 +30,7 @@ def render_to_terminal(found: AuditSummary | Comparison, file: TextIO, *, full: 
     """Print the report in the width of the terminal, or in 80 columns to anything else; `full` for all tables."""
     from rich.console import Console
 
-    from trm_audit.report.compare import render_comparison
+    from trm_audit.report.side_by_side import render_comparison
     from trm_audit.report.summary import AuditSummary
     from trm_audit.report.terminal import render as render_summary
 

@@ -164,11 +164,12 @@ class RewardTotals:
         sizes, sums = sum_by_code(groups, np.column_stack([rows, rows * rewards]), len(number)).T
         everyone = groups < 0
         size = np.where(everyone, rows.sum(), sizes[groups] if len(number) else 0.0)
-        total = np.where(everyone, (rows * rewards).sum(), sums[groups] if len(number) else 0.0)
-        advantage = rewards - total / np.maximum(size, 1)
-        alone = size < 2
-        size, total = np.where(alone, rows.sum(), size), np.where(alone, (rows * rewards).sum(), total)
-        centred = rewards - (total - rewards) / np.maximum(size - 1, 1)
+        with np.errstate(invalid="ignore"):  # an infinite reward leaves no baseline
+            total = np.where(everyone, (rows * rewards).sum(), sums[groups] if len(number) else 0.0)
+            advantage = rewards - total / np.maximum(size, 1)
+            alone = size < 2
+            size, total = np.where(alone, rows.sum(), size), np.where(alone, (rows * rewards).sum(), total)
+            centred = rewards - (total - rewards) / np.maximum(size - 1, 1)
         return _Cells(values, rewards, groups, advantage, centred)
 
 

@@ -32,6 +32,16 @@ from trm_audit.report.blocks import (
 from trm_audit.report.noise import NoiseFloor
 
 SCHEMA_VERSION = 2
+MAIN_METRICS = (
+    "mean_kl",
+    "mean_kl_lower",
+    "mean_kl_upper",
+    "mean_tv",
+    "mean_k3",
+    "mean_abs_log_ratio",
+    "mean_ratio",
+    "ess_seq",
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class Rewards:
         min, max: smallest and largest reward, None without any.
         reward_range: R_max - R_min as used for the bounds, and
         reward_range_from: `given`, `assumed [0, 1]` or `observed`.
-        surrogate: L' with a 95 % interval.
+        surrogate: L' with a 95 % interval; None where rejected rows were dropped, as it is over all rows.
         masked_objective: L_masked of the kept rows, divided by N.
     """
 
@@ -301,6 +311,20 @@ class AuditSummary:
     impulses: Impulses | None = None
     routing: Routing | None = None
     worst: list[WorstSequence] = field(default_factory=list)
+
+    def main_metrics(self) -> dict[str, Metric]:
+        """The metrics of a first screen, as far as the data have them."""
+        return {name: self.metrics[name] for name in MAIN_METRICS if name in self.metrics}
+
+    def main_bounds(self) -> dict[str, list[BoundsBlock]]:
+        """Of each kind of evidence that is the best of some row: the block over all rows, then that over the kept.
+
+        The kept alone where the others were dropped.
+        """
+        blocks = [self.bounds[subset] for subset in ("all", "kept") if subset in self.bounds]
+        first = blocks[0] if blocks else {}
+        names = [name for name in first if name in self.counts.grades] or list(first)
+        return {name: [block[name] for block in blocks if name in block] for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON types: infinities are strings, NaN is None."""

@@ -6,7 +6,7 @@ markup: cells are `Text`, which has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -35,7 +35,6 @@ _SHOWN_CURVES = (
     "seq_max_tv",
     "seq_max_abs_log_ratio",
 )
-_MAIN_METRICS = ("mean_kl", "mean_kl_lower", "mean_kl_upper", "mean_k3", "mean_abs_log_ratio", "mean_ratio", "ess_seq")
 NAMES_WIDTH = 16
 SHOWN_WORST = 5
 
@@ -177,9 +176,8 @@ def _acceptance(summary: AuditSummary) -> list[Group]:
 
 
 def _smallest_bound(summary: AuditSummary) -> list[Text]:
-    whole = summary.bounds.get("all", {})
-    shown = [name for name in whole if name in summary.counts.grades] or list(whole)
-    return [Text(visible(f"Bound on the surrogate's error ({name}): {whole[name].sentence}")) for name in shown[:1]]
+    shown = [(name, blocks[0]) for name, blocks in summary.main_bounds().items()]
+    return [Text(visible(f"Bound on the surrogate's error ({name}): {block.sentence}")) for name, block in shown[:1]]
 
 
 def _by_staleness(summary: AuditSummary) -> list[Group]:
@@ -188,13 +186,12 @@ def _by_staleness(summary: AuditSummary) -> list[Group]:
 
 def _bounds(summary: AuditSummary) -> list[Group]:
     """One table for each kind of evidence that is the best of some row; the JSON has the others."""
-    whole, kept = summary.bounds.get("all", {}), summary.bounds.get("kept", {})
-    shown = [name for name in whole if name in summary.counts.grades] or list(whole)
-    return [_bound_table(name, whole[name], kept.get(name)) for name in shown]
+    return [_bound_table(name, blocks) for name, blocks in summary.main_bounds().items()]
 
 
-def _bound_table(name: str, whole: BoundsBlock, kept: BoundsBlock | None) -> Group:
-    blocks = [whole] if kept is None else [whole, kept]
+def _bound_table(name: str, blocks: Sequence[BoundsBlock]) -> Group:
+    """Over all rows and over the kept, or over the kept alone: the label says which."""
+    whole = blocks[0]
     heads = ["published", "sharp", "published\nkept", "sharp\nkept"][: 2 * len(blocks)]
     table = table_of("", *heads)
     for key in whole.inputs:
@@ -224,20 +221,21 @@ def _objectives(summary: AuditSummary) -> list[Group]:
 
 
 def _main_metrics(summary: AuditSummary) -> list[Group]:
-    return _metric_table({name: summary.metrics[name] for name in _MAIN_METRICS if name in summary.metrics})
+    return _metric_table(summary, summary.main_metrics())
 
 
 def _metrics(summary: AuditSummary) -> list[Group]:
     """What training logs show too; definitions, and the names that they have elsewhere, are in the page."""
-    return _metric_table(summary.metrics)
+    return _metric_table(summary, summary.metrics)
 
 
-def _metric_table(metrics: Mapping[str, Metric]) -> list[Group]:
+def _metric_table(summary: AuditSummary, metrics: Mapping[str, Metric]) -> list[Group]:
     table = table_of("", "value", "low", "high")
     for name, found in metrics.items():
         row(table, name, found.value, found.low, found.high)
     clusters = max((found.clusters for found in metrics.values()), default=0)
-    title = f"Figures of training logs (95 % bootstrap intervals over {clusters} groups)"
+    units = "sequences" if summary.counts.num_groups is None else "groups"
+    title = f"Figures of training logs (95 % bootstrap intervals over {clusters} {units})"
     return [titled(title, table)] if table.row_count else []
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from trm_audit.report.shown import percent
 from trm_audit.report.summary import BoundsBlock, Counts, Quantiles, Thresholds
 
 PLUG_IN = (
@@ -37,9 +38,10 @@ def verdict(counts: Counts, sequences: dict[str, Quantiles], n_kept: int | None,
     if not counts.n_total:
         return "No rollouts were read."
     far = _farthest(sequences)
+    sequences_of_all = f"{counts.n_total:,} sequence{'s' * (counts.n_total != 1)}"
     if n_kept is None:
-        return f"{counts.n_total} sequences read, nothing decided (no thresholds given). {far}".rstrip()
-    share = f"{n_kept} of {counts.n_total} sequences kept ({100 * n_kept / counts.n_total:.1f} %)"
+        return f"{sequences_of_all} read, nothing decided (no thresholds given). {far}".rstrip()
+    share = f"{n_kept:,} of {sequences_of_all} kept ({percent(n_kept / counts.n_total)})"
     return f"{share}{': ' + '; '.join(criteria) if criteria else ''}. {far}".rstrip()
 
 
@@ -82,9 +84,14 @@ def run_notes(differing: Sequence[str]) -> list[str]:
     return [named] if differing else []
 
 
-def deciding(thresholds: Thresholds) -> str:
-    """Name of the statistic that delta_max is compared with."""
-    return f"seq_max_{thresholds.max_of}" if thresholds.max_of else "seq_max_kl where exact, seq_max_k2 elsewhere"
+def deciding(thresholds: Thresholds, grades: Collection[str]) -> str:
+    """Name of the statistic that delta_max is compared with in rows of these grades."""
+    if thresholds.max_of:
+        return f"seq_max_{thresholds.max_of}"
+    if set(grades) == {"exact"}:
+        return "seq_max_kl"
+    sampled = "the larger of seq_max_k2 and seq_max_kl_lower" if "interval" in grades else "seq_max_k2"
+    return f"seq_max_kl where exact, {sampled} elsewhere" if "exact" in grades or not grades else sampled
 
 
 def interval_method(num_groups: int, num_singles: int) -> str:

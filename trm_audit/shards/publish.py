@@ -267,10 +267,12 @@ def _writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        room = "Make room or choose another -o, and run the same command again: finished shards are kept."
         raise OutputError(
             f"cannot be written ({error.strerror or error})",
             place=str(place),
-            next_step="Make room or choose another -o, and run the same command again: finished shards are kept.",
+            next_step="Make the folder first, or choose another -o." if missing else room,
         ) from error
 
 

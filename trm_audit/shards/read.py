@@ -94,10 +94,11 @@ def find_shards(inputs: Sequence[str], kind: schema.Kind, renames: Mapping[str, 
         )
     if not found.shards and not found.bad:
         others = "".join(f"\n{path}: {reason}" for path, reason in found.passed_over[:5])
+        steps = {"scores": "Score rollouts first (trm-audit score ROLLOUTS --model CKPT -o scores/)."}
         raise BadInput(
             f"no {kind} shards found",
             place=", ".join(inputs),
-            next_step=f"schemas/ says what one looks like.{others}",
+            next_step=f"{steps.get(kind, 'schemas/ says what one looks like.')}{others}",
         )
     return found
 

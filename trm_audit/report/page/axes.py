@@ -60,6 +60,10 @@ def set_axis(axis: Any, given: Axis) -> None:
     if given.edges:
         return
     low, high = axis.get_view_interval()
+    if given.scale == "log" and 0 < low < high < 10 * low and not (limits or upright):
+        aside = math.sqrt(10 * low / high)  # a decade at least, or the ticks would crowd
+        low, high = low / aside, high * aside
+        axis.axes.set_xlim(low, high)
     if given.scale == "log":
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 80 * low else (1.0,), numticks=7))
         axis.set_minor_locator(NullLocator())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from trm_audit.report.blocks import BoundCurves
 from trm_audit.report.page.axes import Axis, Mark
@@ -11,10 +12,51 @@ from trm_audit.report.page.figures import DIVERGENCES, STYLE, Figure, figure
 from trm_audit.report.page.plots import Cells, Panel, Series, chart, grid, pairs
 from trm_audit.report.page.svg import NUM_SHADES
 from trm_audit.report.shown import number, percent
-from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance
+from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance, Thresholds
 
 PAPER = {"max": 0.05, "mean": 0.001}
 """Thresholds that the paper uses, marked in the figures."""
+CURVES = {
+    "max": ("kl", "kl_lower", "kl_upper", "k2", "abs_log_ratio"),
+    "mean": ("kl", "kl_lower", "kl_upper", "k3", "abs_log_ratio"),
+    "sum": ("kl", "kl_lower", "kl_upper", "k3"),
+}
+"""Statistic -> the divergences that criteria take by default, or that logs show; the JSON has all."""
+_DEFAULTS = {"max": ("kl", "kl_lower", "k2"), "mean": ("kl", "kl_lower", "k3"), "sum": ("kl", "kl_lower", "k3")}
+"""What a criterion without the name of a divergence may compare, by grade."""
+
+
+@dataclass(frozen=True)
+class AtPaper:
+    """Share of the sequences that the paper's two thresholds together keep, and what they are compared with."""
+
+    share: float
+    criteria: str
+
+
+def at_paper(summary: AuditSummary) -> AtPaper | None:
+    """By the leading divergences for which both thresholds were counted."""
+    for found in sorted(summary.acceptance_combined, key=_order):
+        if all(delta in found.deltas for delta in PAPER.values()):
+            i, j = (found.deltas.index(delta) for delta in PAPER.values())
+            limits = [f"seq_max_{found.max_of} ≤ {PAPER['max']:g}", f"seq_mean_{found.avg_of} ≤ {PAPER['mean']:g}"]
+            return AtPaper(found.share[i][j], " and ".join(limits))
+    return None
+
+
+def yours(limits: Thresholds) -> dict[str, float]:
+    """Statistic -> the threshold that the criteria put on it."""
+    given = (
+        ("max", limits.delta_max, limits.max_of),
+        ("mean", limits.delta_avg, limits.avg_of),
+        ("sum", limits.delta_total, limits.total_of),
+    )
+    return {
+        f"seq_{kind}_{name}": delta
+        for kind, delta, of in given
+        if delta is not None
+        for name in ((of,) if of else _DEFAULTS[kind])
+    }
 
 
 def deltas(summary: AuditSummary) -> list[Figure]:
@@ -38,12 +80,14 @@ def _order(found: CombinedAcceptance) -> int:
 
 def _acceptance(summary: AuditSummary, kind: str, words: str, delta: float | None) -> list[Figure]:
     grid_deltas, curves = summary.acceptance_curves.deltas, summary.acceptance_curves.curves
-    found = {d: curves[f"seq_{kind}_{d}"].share for d in DIVERGENCES if f"seq_{kind}_{d}" in curves}
+    shown = [name for name in curves if name in yours(summary.thresholds)]
+    shown += [f"seq_{kind}_{d}" for d in CURVES[kind]]
+    found = {d: curves[f"seq_{kind}_{d}"].share for d in DIVERGENCES if f"seq_{kind}_{d}" in {*shown} & {*curves}}
     if not found:
         return []
-    low, high = _moving(found.values())
-    x = Axis("delta", "log", limits=(grid_deltas[low], grid_deltas[high]))
     marks = _marks(PAPER.get(kind), delta)
+    low, high = _with_marks(grid_deltas, marks, _moving(found.values()))
+    x = Axis("delta", "log", limits=(grid_deltas[low], grid_deltas[high]))
     at = next((at for at in (delta, PAPER.get(kind), 1.0) if at in grid_deltas), grid_deltas[low])
     kept = ", ".join(f"{percent(share[grid_deltas.index(at)])} by {d}" for d, share in found.items())
     series = [Series(d, grid_deltas, share, style=STYLE[d]) for d, share in found.items()]
@@ -51,7 +95,7 @@ def _acceptance(summary: AuditSummary, kind: str, words: str, delta: float | Non
     return figure(
         f"acceptance-{kind}",
         f"Kept by a threshold on the {words}",
-        f"delta {number(at)} keeps {kept}.",
+        f"At delta {number(at)}: {kept}.",
         lambda name, alt: chart(name, alt, x, [Panel(y, series)], marks),
         ["delta", *found],
         [[number(d), *(percent(s[i]) for s in found.values())] for i, d in enumerate(grid_deltas) if low <= i <= high],
@@ -63,6 +107,13 @@ def _marks(paper: float | None, yours: float | None) -> list[Mark]:
     if paper is not None and paper == yours:
         return [Mark(paper, f"paper and yours {number(paper)}")]
     return [Mark(at, f"{name} {number(at)}") for name, at in (("paper", paper), ("yours", yours)) if at is not None]
+
+
+def _with_marks(deltas: Sequence[float], marks: Sequence[Mark], shown: tuple[int, int]) -> tuple[int, int]:
+    """`shown`, made wide enough for the marks among the deltas."""
+    low, high = shown
+    at = [i for i, delta in enumerate(deltas) if any(delta == mark.value for mark in marks)]
+    return max(0, min([low, *(i - 1 for i in at)])), min(len(deltas) - 1, max([high, *(i + 1 for i in at)]))
 
 
 def _moving(shares: Iterable[Sequence[float]]) -> tuple[int, int]:
@@ -78,10 +129,14 @@ def _combined(summary: AuditSummary, found: CombinedAcceptance) -> list[Figure]:
     rows, columns = [list(column) for column in zip(*found.share, strict=True)], found.share
     wide, high = _moving(rows), _moving(columns)
     across, up = (slice(low, end + 1) for low, end in (wide, high))
+    if not any(0 < share < 1 for column in found.share for share in column):
+        return []  # all or none, everywhere: the curves say it
     levels = [[_share_shade(share) for share in row[up]] for row in found.share[across]]
     deltas_x, deltas_y = found.deltas[across], found.deltas[up]
     edges_x, edges_y = [number(d) for d in deltas_x], [number(d) for d in deltas_y]
-    at = (PAPER["max"], PAPER["mean"])
+    given = yours(summary.thresholds)
+    at = (given.get(f"seq_max_{found.max_of}", -1.0), given.get(f"seq_mean_{found.avg_of}", -1.0))
+    at = at if all(value in found.deltas for value in at) else (PAPER["max"], PAPER["mean"])
     finding, points = f"kept {percent(found.share[-1][-1])} at the largest thresholds.", []
     if all(value in found.deltas for value in at):
         i, j = (found.deltas.index(value) for value in at)
@@ -117,25 +172,20 @@ def _share_shade(share: float) -> int:
 
 def _by_length(summary: AuditSummary) -> list[Figure]:
     found = summary.acceptance_by_length
-    if found is None or not found.curves:
+    some = [] if found is None else [i for i, n in enumerate(found.n) if n]
+    if found is None or not found.curves or len(some) < 2:
         return []
     edges, centres = [number(edge) for edge in found.edges], [i + 0.5 for i in range(len(found.n))]
     series = [
         Series(f"{c.statistic} ≤ {number(c.delta)}", centres, c.share_kept, style=at)
         for at, c in enumerate(found.curves)
     ]
-    some = [i for i, n in enumerate(found.n) if n]
-    said = [
-        f"{c.statistic} keeps {percent(c.share_kept[some[0]])} of the shortest and "
-        f"{percent(c.share_kept[some[-1]])} of the longest"
-        for c in found.curves
-        if some
-    ]
+    said = [f"{c.statistic} {_between([percent(c.share_kept[i]) for i in some])}" for c in found.curves]
     y = Axis("sequences kept", percent=True, limits=(0, 1.02))
     return figure(
         "length",
         "Sequences kept by length",
-        f"{'; '.join(said)}.",
+        f"From the shortest to the longest they keep: {'; '.join(said)}.",
         lambda name, alt: chart(name, alt, Axis("policy tokens", edges=found.edges), [Panel(y, series)]),
         ["from", "to below", "sequences", *(f"{c.statistic} ≤ {number(c.delta)}" for c in found.curves)],
         [
@@ -143,6 +193,11 @@ def _by_length(summary: AuditSummary) -> list[Figure]:
             for i, n in enumerate(found.n)
         ],
     )
+
+
+def _between(shares: Sequence[str]) -> str:
+    """The first and the last; one where all are the same."""
+    return shares[0] if len(set(shares)) == 1 else f"{shares[0]} to {shares[-1]}"
 
 
 def main_evidence(summary: AuditSummary) -> list[str]:

@@ -102,7 +102,7 @@ def _spread(name: str, spread: Quantiles | None, found: Distribution, unit: str)
     said = f"{name}:"
     if spread is not None:
         said += f" median {number(spread.p50)}, p99 {number(spread.p99)}, largest {number(spread.max)}"
-        said += f" ({number(spread.n)} {unit})"
+        said += f" ({number(spread.n)} {unit if spread.n != 1 else unit.removesuffix('s')})"
     hidden = [f"{number(n)} {what}" for n, what in ((found.num_zero, "exact zeros"), (found.num_inf, "infinite")) if n]
     return f"{said}; not drawn: {', '.join(hidden)}." if hidden else f"{said}."
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TITLE = "trm-audit report"
 _NAME = 120
+_UNBROKEN = 16
+"""Characters of an outlined token that stay on one line, so that its frame is whole."""
 
 
 def render_html(summary: AuditSummary, title: str = TITLE) -> str:
@@ -45,7 +47,9 @@ def render_html(summary: AuditSummary, title: str = TITLE) -> str:
         title=title,
         summary=summary,
         figures=drawn,
+        at_paper=curves.at_paper(summary),
         delta_tables=_delta_tables(summary),
+        yours=curves.yours(summary.thresholds),
         spreads=_main_spreads(summary),
         main_evidence=curves.main_evidence(summary),
         shades=SHADES,
@@ -69,7 +73,7 @@ def render_comparison_html(comparison: Comparison, title: str = "trm-audit compa
 def _main_spreads(summary: AuditSummary) -> dict[str, Quantiles]:
     """Quantiles of what a reader looks for first; the others are folded."""
     tokens = {d: summary.tokens[d] for d in (*figures.DIVERGENCES, "ratio") if d in summary.tokens}
-    names = (f"seq_{kind}_{d}" for kind in ("max", "mean") for d in figures.DIVERGENCES)
+    names = (f"seq_{kind}_{d}" for kind in ("max", "mean") for d in curves.CURVES[kind])
     return tokens | {name: summary.sequences[name] for name in names if name in summary.sequences}
 
 
@@ -149,4 +153,5 @@ def _token(token: ShownToken, divergence: str, largest: bool) -> str:
     classes = f"s{shade(token.value)}" + (" peak" if largest else "")
     span = f'<span class="{classes}" title="{escape("; ".join(said))}">{shown}</span>'
     value = MISSING if token.value is None else number(token.value)
-    return f"<mark>{span}<b>{escape(divergence)} {value}</b></mark>" if largest else span
+    whole = ' class="short"' if len(shown) <= _UNBROKEN else ""
+    return f"<mark{whole}>{span}<b>{escape(divergence)} {value}</b></mark>" if largest else span

@@ -82,7 +82,7 @@ def _acceptance(both: dict[str, AuditSummary], prefix: str, name: str, title: st
     return figure(
         f"both-kept-{name}",
         f"Kept by a threshold on {column}",
-        f"delta {number(at)} keeps {said}.",
+        f"At delta {number(at)}: {said}.",
         lambda own, alt: chart(own, alt, x, [Panel(y, series)]),
         ["delta", *kept],
         [[number(delta), *(percent(share.get(delta)) for share in kept.values())] for delta in moving],

@@ -24,13 +24,18 @@ _BINS = (
 
 def reasons(summary: AuditSummary) -> list[Figure]:
     """Divergence by staleness, version, position, probability, entropy and length, and its isolated peaks."""
-    out = [
-        *_versions("staleness", "By staleness", "staleness", summary.by_staleness[:_MOST]),
-        *_versions("version", "By policy version", "policy version", summary.by_policy_version[-_MOST:]),
-    ]
+    out = _versions("staleness", "By staleness", "staleness", summary.by_staleness[:_MOST])
+    if not (out and _mirrored(summary)):
+        out += _versions("version", "By policy version", "policy version", summary.by_policy_version[-_MOST:])
     for field, name, title, label, unit in _BINS:
         out += _bins(name, title, label, unit, getattr(summary, field))
     return out + (_impulses(summary.impulses.divergence, summary.impulses.by_staleness) if summary.impulses else [])
+
+
+def _mirrored(summary: AuditSummary) -> bool:
+    """Whether each policy version has one staleness, so that a second figure would show the first from behind."""
+    fresh = [(each.n, each.num_tokens) for each in summary.by_staleness]
+    return fresh == [(each.n, each.num_tokens) for each in reversed(summary.by_policy_version)]
 
 
 def leading(present: Sequence[str] | set[str]) -> str | None:
@@ -84,9 +89,10 @@ def _bins(name: str, title: str, label: str, unit: str, found: list[TokenBin]) -
     of = [b.divergences[which] for b in bins]
     centres = [at + w / 2 for at, w in zip(x, width, strict=True)]
     most = max(range(len(bins)), key=lambda i: (of[i].share if of[i].share == of[i].share else -1.0, bins[i].n))
+    unit_of_most = unit.removesuffix("s") if bins[most].n == 1 else unit
     finding = (
-        f"Most of the summed {which}, {percent(of[most].share)}, lies in {label} {_words(bins[most])} "
-        f"({number(bins[most].n)} {unit}, mean {number(of[most].mean)})."
+        f"{percent(of[most].share)} of the summed {which}, the largest part, lies in {label} {_words(bins[most])} "
+        f"({number(bins[most].n)} {unit_of_most}, mean {number(of[most].mean)})."
     )
     panels = [
         Panel(
@@ -140,11 +146,10 @@ def _impulses(which: str, found: list[ImpulseShare]) -> list[Figure]:
         return []
     x = [float(each.value) for each in found if each.value is not None]
     first, last = found[0], found[-1]
-    finding = (
-        f"At staleness {first.value} impulses are {number(first.num_impulses)} of {number(first.num_tokens)} "
-        f"tokens and carry {percent(first.share_of_sum)} of the {which}, median {number(first.median)}; at "
-        f"{last.value} {number(last.num_impulses)} of {number(last.num_tokens)}, {percent(last.share_of_sum)}, "
-        f"median {number(last.median)}."
+    finding = " ".join(
+        f"Staleness {each.value}: {number(each.num_impulses)} impulses in {number(each.num_tokens)} tokens carry "
+        f"{percent(each.share_of_sum)} of the {which}; median {number(each.median)}."
+        for each in (first, last)
     )
     medians = Series("median of all tokens", x, [each.median for each in found])
     elsewhere = Series("mean elsewhere", x, [each.mean_elsewhere for each in found], style=1)
