@@ -611,7 +611,7 @@ def test_the_mean_ratio_names_its_cause_by_how_was_sampled() -> None:
 def test_low_acceptance_is_that_of_the_verdicts_or_of_delta_max() -> None:
     finding = found(acceptance=0.54)["low_acceptance"]
     assert (finding.n, finding.of) == (184, 400)
-    assert "Only 54.0 % of 400 sequences are kept" in finding.sentence
+    assert "Only 54 % of 400 sequences are kept" in finding.sentence
     below = Violations("seq_max_kl", 0.05, Share(390, 195, 0.5, 0.54), None)
     finding = found(violations=below)["low_acceptance"]
     assert (finding.n, finding.of) == (195, 390)

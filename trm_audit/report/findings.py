@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from trm_audit.report.blocks import Finding, Metric
 from trm_audit.report.noise import NoiseFloor
 from trm_audit.report.quality import LONG_RUN, QualityTotals
+from trm_audit.report.shown import percent
 from trm_audit.report.summary import Counts, Violations
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ SENTENCES = {
     "ones ({rejected:.4g} against {kept:.4g} tokens, correlation {r:.2f}), so that {side} responses are trained on "
     "less. A total grows with length by definition, and a maximum has more tokens to find one in; a mean does neither. "
     "See acceptance by length, and compare with a criterion on the mean.",
-    "low_acceptance": "Only {share:.1f} % of {of} sequences {what}. The gradient is divided by the number of all of "
+    "low_acceptance": "Only {share} of {of} sequences {what}. The gradient is divided by the number of all of "
     "them, so the step shrinks by as much. Below {limit:g} % something before the filter is mostly to blame (settings, "
     "stale weights, precision): look at the other warnings and the worst sequences before raising the threshold.",
     "below_noise_floor": "{sentence}",
@@ -243,7 +244,7 @@ def _low_acceptance(counts: Counts, acceptance: float | None, violations: Violat
     else:
         return
     if of >= FEWEST_SEQUENCES and (of - rejected) / of < LOW_ACCEPTANCE:
-        share = 100 * (of - rejected) / of
+        share = percent((of - rejected) / of)
         yield from _say("low_acceptance", rejected, of, share=share, what=what, limit=100 * LOW_ACCEPTANCE)
 
 
