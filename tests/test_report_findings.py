@@ -615,7 +615,7 @@ def test_low_acceptance_is_that_of_the_verdicts_or_of_delta_max() -> None:
     below = Violations("seq_max_kl", 0.05, Share(390, 195, 0.5, 0.54), None)
     finding = found(violations=below)["low_acceptance"]
     assert (finding.n, finding.of) == (195, 390)
-    assert "Only 50.0 % of 390 sequences stay within delta_max 0.05 (seq_max_kl)" in finding.sentence
+    assert "Only 50 % of 390 sequences stay within delta_max 0.05 (seq_max_kl)" in finding.sentence
     assert found(acceptance=0.7) == found(acceptance=0.8, violations=below) == {}
 
 
