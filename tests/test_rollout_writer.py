@@ -159,5 +159,5 @@ def test_a_writer_that_fails_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_encoding_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="float32, float16, bfloat16"):
+    with pytest.raises(UsageError, match="float32, float16, bfloat16, q16"):
         LogitsTableWriter(tmp_path / "logits-00000.parquet", "int4")  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from making import digit_sums as task
 from making.bad_models import MODEL_CASES
 from making.bad_rows import ROW_CASES, Row, as_table, good_row
 
+from trm_audit.shards import q16
 from trm_audit.shards.rollout_writer import LOGITS_SCHEMA, write_rollout_table
 
 NAN, INF = float("nan"), float("inf")
@@ -92,6 +93,15 @@ def _with_value(value: float, *, throughout: bool = False) -> Row:
     return {**block, "data": values.tobytes()}
 
 
+def _in_q16(column: int = 0, number: float | None = None, *, least: int = 0) -> Row:
+    """A block in q16; `number` stands in a column of the three at position 2, and rows begin with byte `least`."""
+    block = _block(1, 0, 4)
+    rows = q16.encode(np.frombuffer(block["data"], "<f4").reshape(4, -1), "bad_cases")
+    if number is not None:
+        rows[2, 4 * column : 4 * column + 4] = np.array([number], "<f4").view(np.uint8)
+    return {**block, "encoding": "q16", "data": rows[:, least:].tobytes()}
+
+
 LOGITS_CASES: list[tuple[str, bool, str, str, list[Row]]] = [
     (
         "logits-of-other-vocabulary",
@@ -112,6 +122,27 @@ LOGITS_CASES: list[tuple[str, bool, str, str, list[Row]]] = [
         "data is 3 bytes short of count x V values",
         "bytes",
         [{**(b := _block(1, 0, 4)), "data": b["data"][:-3]}],
+    ),
+    (
+        "logits-in-q16-without-numbers",
+        False,
+        "data in q16 holds the codes alone: scale, minimum and logsumexp of each row are missing",
+        "three float32",
+        [_in_q16(least=q16.NUMBERS_BYTES)],
+    ),
+    (
+        "logits-in-q16-of-negative-scale",
+        False,
+        "the scale of q16 at position 2 is -1",
+        "scale",
+        [_in_q16(q16.NUMBERS.index("scale"), -1.0)],
+    ),
+    (
+        "logits-in-q16-of-minimum-nan",
+        False,
+        "the minimum of q16 at position 2 is NaN",
+        "minimum",
+        [_in_q16(q16.NUMBERS.index("minimum"), NAN)],
     ),
     ("logits-of-unknown-encoding", False, "encoding is `int4`", "int4", [{**_block(1, 0, 4), "encoding": "int4"}]),
 ]

@@ -19,12 +19,18 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from trm_audit.errors import BadInput, RowError
+from trm_audit.shards import q16
 from trm_audit.shards.logits_index import Block, index_files
 from trm_audit.shards.row_groups import RowGroups
 
 STEPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative rounding error of a stored value."""
+Q16_STEP = 2.0**-16
+"""The same of `q16`, relative to the span of a row's values: half a step of a value, and half of its normaliser."""
 ARROW_TYPES = {torch.float32: pa.float32(), torch.float16: pa.float16(), torch.bfloat16: pa.uint16()}
+"""What can be handed out as it lies in the file."""
+CODES = torch.uint16
+"""The type of a block in `q16`, which is handed out as float32."""
 CACHE_BYTES = 512 << 20
 
 Runs = Sequence[tuple[int, int]]
@@ -89,10 +95,10 @@ class StoredLogits:
 
     def step(self, rollout_id: str) -> float:
         """Largest relative rounding error of this rollout's stored values."""
-        return max(STEPS[block.dtype] for block in self._blocks[rollout_id])
+        return max(STEPS.get(block.dtype, Q16_STEP) for block in self._blocks[rollout_id])
 
     def rows(self, rollout_id: str, start: int, stop: int, *, check: bool = True) -> Tensor:
-        """Rows start..stop of one rollout, [stop - start, V] in the stored type; not to be written to (`gather`).
+        """Rows start..stop of one rollout, [stop - start, V], of the type that `gather` returns; not to be written to.
 
         Args:
             rollout_id: one that is in here.
@@ -100,7 +106,8 @@ class StoredLogits:
             check: look at every value (`diagnose`); without it whoever uses the rows has to.
 
         Raises:
-            RowError: a value is NaN or +inf, a row is all -inf, or `data` is not count x V values long.
+            RowError: a value is NaN or +inf, a row is all -inf, `data` is not count x V values long, or the numbers of
+                a q16 row are no such numbers.
             BadInput: the file is damaged, or was cut since it was indexed.
         """
         logits = self.gather(rollout_id, [(start, stop)])
@@ -109,7 +116,7 @@ class StoredLogits:
         return logits
 
     def gather(self, rollout_id: str, runs: Runs, *, pin: bool = False) -> Tensor:
-        """Rows of some runs one after another, [n, V] in the stored type. No value is checked.
+        """Rows of some runs one after another, [n, V] in the stored type, `q16` as float32. No value is checked.
 
         Not to be written to: where one block of a long table holds them all, they are Arrow's memory and not a copy.
         Such a view keeps its whole row group alive, so there are none while Arrow holds half as much again as
@@ -121,7 +128,7 @@ class StoredLogits:
             pin: into page-locked memory, from which a GPU copies at full speed (needs one).
 
         Raises:
-            RowError: `data` is not count x V values long.
+            RowError: `data` is not count x V values long, or the numbers of a q16 row are no such numbers.
             BadInput: the file is damaged, or was cut since it was indexed.
         """
         parts = list(self._parts(rollout_id, runs))
@@ -136,7 +143,8 @@ class StoredLogits:
 
     def gathered_bytes(self, rollout_id: str, runs: Runs) -> int:
         """Size of what `gather` returns, where a rollout is stored in one encoding."""
-        return sum(stop - start for start, stop in runs) * self._blocks[rollout_id][0].row_bytes
+        block = self._blocks[rollout_id][0]
+        return sum(stop - start for start, stop in runs) * block.vocab_size * _type_of(block).itemsize
 
     def read_soon(self, rollout_id: str, runs: Runs, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
         """Begins to read the row groups that some runs need in another thread; `submit` is what an executor has."""
@@ -179,7 +187,7 @@ class StoredLogits:
         """Parts of one type one after another. Copied by one thread, without the interpreter's lock."""
         block = parts[0][0]
         out = torch.empty(
-            sum(high - low for _, low, high in parts), block.vocab_size, dtype=block.dtype, pin_memory=pin
+            sum(high - low for _, low, high in parts), block.vocab_size, dtype=_type_of(block), pin_memory=pin
         )
         target, at = out.view(torch.uint8).numpy(), 0
         for block, low, high in parts:
@@ -188,14 +196,18 @@ class StoredLogits:
             if block.row < 0:
                 _read_tensor(block, low, rows)
             else:
-                data = np.frombuffer(self._data(rollout_id, block, low, high), np.uint8)
-                np.copyto(rows, data.reshape(rows.shape))
+                data = np.frombuffer(self._data(rollout_id, block, low, high), np.uint8).reshape(len(rows), -1)
+                if block.dtype == CODES:
+                    q16.decode(data, rows.view(np.float32), _place(block, rollout_id), block.start + low)
+                else:
+                    np.copyto(rows, data)
         return out
 
     def _view(self, rollout_id: str, part: Part) -> Tensor | None:
-        """A part without a copy, [high - low, V]; None where it cannot be: in safetensors, or unaligned."""
+        """A part without a copy, [high - low, V]; None where it cannot be: in safetensors, q16, or unaligned."""
         block, low, high = part
-        data = self._data(rollout_id, block, low, high) if block.row >= 0 else None
+        as_it_is = block.row >= 0 and block.dtype in ARROW_TYPES
+        data = self._data(rollout_id, block, low, high) if as_it_is else None
         if data is None or data.address % block.dtype.itemsize:
             return None
         values = pa.Array.from_buffers(ARROW_TYPES[block.dtype], (high - low) * block.vocab_size, [None, data])
@@ -205,18 +217,29 @@ class StoredLogits:
 
     def _data(self, rollout_id: str, block: Block, low: int, high: int) -> pa.Buffer:
         """Bytes of rows low..high of a block of a long table."""
-        place = f"{block.file}, rollout_id={rollout_id}, start={block.start}"
+        place = _place(block, rollout_id)
         data = self._groups.data(block.file, block.row_group, block.row)
         if data is None:
             raise RowError("data is null", place=place)
         if data.size != block.count * block.row_bytes:
+            values = f"{block.count} x {block.vocab_size} values of {block.dtype}"
+            if block.dtype == CODES:
+                values = f"{block.count} rows of q16 (three float32 and {block.vocab_size} uint16 each)"
             raise RowError(
-                f"data has {data.size} bytes, {block.count} x {block.vocab_size} values of {block.dtype} are "
-                f"{block.count * block.row_bytes}",
+                f"data has {data.size} bytes, {values} are {block.count * block.row_bytes}",
                 place=place,
                 next_step="See the long table in schemas/rollout.md.",
             )
         return data.slice(low * block.row_bytes, (high - low) * block.row_bytes)
+
+
+def _type_of(block: Block) -> torch.dtype:
+    """Of the values that are handed out."""
+    return torch.float32 if block.dtype == CODES else block.dtype
+
+
+def _place(block: Block, rollout_id: str) -> str:
+    return f"{block.file}, rollout_id={rollout_id}, start={block.start}"
 
 
 def _read_tensor(block: Block, low: int, rows: NDArray[np.uint8]) -> None:

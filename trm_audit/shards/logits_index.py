@@ -20,10 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trm_audit.errors import BadInput
-from trm_audit.shards import schema
+from trm_audit.shards import q16, schema
 from trm_audit.shards.read import open_parquet, read_batches
 
-ENCODINGS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ENCODINGS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "q16": torch.uint16,  # its codes
+}
 TENSOR_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KNOWN_BLOCKS = 1 << 18
 """Blocks (about 200 bytes each) of files indexed before that are remembered."""
@@ -54,6 +59,8 @@ class Block:
     @property
     def row_bytes(self) -> int:
         """Stored bytes of one position."""
+        if self.dtype == ENCODINGS["q16"]:
+            return q16.row_bytes(self.vocab_size)
         return self.vocab_size * self.dtype.itemsize
 
 

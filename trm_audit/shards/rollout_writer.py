@@ -20,17 +20,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from trm_audit.errors import BadInput, UsageError
+from trm_audit.shards import q16
 from trm_audit.shards.schema import KIND, LOGITS, SCHEMA_VERSION, VERSION
 
 BLOCK_POSITIONS = 64
 ROW_GROUP_BYTES = 64 * 2**20
 """Row groups of the long table are closed at this size: large enough to stream, small enough to hold."""
 
-Encoding = Literal["float32", "float16", "bfloat16"]
+Encoding = Literal["float32", "float16", "bfloat16", "q16"]
 STORED_AS: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "q16": np.dtype("u1"),  # a row is its three numbers and V codes
 }
 
 LOGITS_SCHEMA = pa.schema(
@@ -73,7 +75,8 @@ class LogitsTableWriter:
 
     Args:
         path: the file, to be called `logits-*.parquet`.
-        encoding: how values are stored. For `float16`, subtract each row's maximum first: halves are finest near 0.
+        encoding: how values are stored. `q16` takes two bytes a value, as halves do, and loses less.
+            For `float16`, subtract each row's maximum first: halves are finest near 0.
         row_group_bytes: a row group is closed once it holds this many bytes of logits.
     """
 
@@ -108,10 +111,11 @@ class LogitsTableWriter:
         Args:
             rollout_id: names the rollout; once per file.
             logits: [T, V], row t the distribution that `response_ids[t]` was drawn from. float32 or float16 values;
-                for the encoding `bfloat16`, bit patterns as uint16.
+                for the encoding `bfloat16`, bit patterns as uint16; `q16` takes any of these.
 
         Raises:
-            BadInput: the rollout was added before, the shape or type does not fit, or rule 11 forbids a value.
+            BadInput: the rollout was added before, the shape or type does not fit, rule 11 forbids a value, or the
+                values of a row span more than q16 holds.
         """
         if self._writer is None:
             raise UsageError("LogitsTableWriter is used outside its with block")
@@ -121,16 +125,15 @@ class LogitsTableWriter:
         stored = _encode(logits, self.encoding, place)
         self._seen.add(rollout_id)
         for start in range(0, len(stored), BLOCK_POSITIONS):
-            self._append(rollout_id, start, stored[start : start + BLOCK_POSITIONS])
+            self._append(rollout_id, start, logits.shape[1], stored[start : start + BLOCK_POSITIONS])
 
-    def _append(self, rollout_id: str, start: int, block: NDArray[Any]) -> None:
-        count, vocab_size = block.shape
+    def _append(self, rollout_id: str, start: int, vocab_size: int, block: NDArray[Any]) -> None:
         data = block.tobytes()
         self._rows.append(
             {
                 "rollout_id": rollout_id,
                 "start": start,
-                "count": count,
+                "count": len(block),
                 "vocab_size": vocab_size,
                 "encoding": self.encoding,
                 "data": data,
@@ -159,17 +162,21 @@ class LogitsTableWriter:
             self._partial.unlink(missing_ok=True)
 
 
+ACCEPTED = {"float32": ("float32", "float16"), "bfloat16": ("uint16",), "q16": ("float32", "float16", "uint16")}
+"""Types of values that are stored so; uint16 are bit patterns of bfloat16."""
+
+
 def _encode(logits: NDArray[Any], encoding: str, place: str) -> NDArray[Any]:
     """[T, V] values as they are stored, little-endian, checked against rule 11."""
-    accepted = ("uint16",) if encoding == "bfloat16" else ("float32", "float16")
+    accepted = ACCEPTED.get(encoding, ACCEPTED["float32"])
     if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype.name not in accepted:
         raise BadInput(
             f"logits are {logits.dtype}{list(logits.shape)}, {encoding} is written from [T, V] {' or '.join(accepted)}",
             place=place,
         )
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(logits, dtype=STORED_AS[encoding])
-    values = (stored.astype(np.uint32) << 16).view(np.float32) if encoding == "bfloat16" else stored
+        stored = np.ascontiguousarray(logits, dtype=logits.dtype if encoding == "q16" else STORED_AS[encoding])
+    values = (stored.astype(np.uint32) << 16).view(np.float32) if logits.dtype == np.uint16 else stored
     bad = np.flatnonzero(~(values < np.inf).all(axis=1) | (values == -np.inf).all(axis=1))
     if len(bad):
         raise BadInput(
@@ -181,4 +188,4 @@ def _encode(logits: NDArray[Any], encoding: str, place: str) -> NDArray[Any]:
         raise BadInput(
             "a finite logit below -65504 would become -inf in float16", place=place, next_step='Use encoding="float32".'
         )
-    return stored
+    return q16.encode(values, place) if encoding == "q16" else stored
