@@ -140,28 +140,46 @@ def test_sigkill_within_a_shard_loses_nothing(sampled_scores: Path, tmp_path: Pa
     assert not list((tmp_path / "out" / ".tmp").glob("*.parquet"))
 
 
+def interrupted(rollouts: Path, out: Path) -> tuple[int, str]:
+    """Exit code and stderr of a command that gets Ctrl-C when its first shard is there."""
+    command = [
+        Path(sys.executable).with_name("trm-audit"),
+        "score",
+        rollouts,
+        "--trainer-logprobs",
+        "stored",
+        "-o",
+        out,
+    ]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    patience = time.monotonic() + 60
+    while not list((out / "data").glob("*.parquet")) and time.monotonic() < patience:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
     # GIVEN 60 shards of which some are scored
     for k in range(60):
         row = rollout(k)
         row["trainer_logprobs"] = row["rollout_logprobs"]
         write_shard(tmp_path / "rollouts" / f"part-{k:03d}.parquet", [row])
-    command = [Path(sys.executable).with_name("trm-audit"), "score", tmp_path / "rollouts"]
-    command += ["--trainer-logprobs", "stored", "-o", tmp_path / "out"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    patience = time.monotonic() + 60
-    while not list((tmp_path / "out" / "data").glob("*.parquet")) and time.monotonic() < patience:
-        time.sleep(0.01)
-    # WHEN Ctrl-C is pressed
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # WHEN Ctrl-C is pressed (again, should the command have been done before this process had its turn)
+    code, said = 0, ""
+    for attempt in range(5):
+        out = tmp_path / f"out-{attempt}"
+        code, said = interrupted(tmp_path / "rollouts", out)
+        if code:
+            break
     # THEN it says what to do, and the same command finishes without repeating what is published
-    assert process.returncode == 130
+    assert code == 130
     assert "Interrupted. The same command goes on where it was." in said
     assert "Traceback" not in said
-    published = len(contents(tmp_path / "out"))
+    published = len(contents(out))
     assert 0 < published < 60
-    result = run_score(tmp_path / "rollouts", tmp_path / "out")
+    result = run_score(tmp_path / "rollouts", out)
     assert (result.done, result.shards, result.complete) == (published, 60 - published, True)
 
 
