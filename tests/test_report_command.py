@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run
 
-from trm_audit import ReportOptions, ScoreOptions, score
+from trm_audit import Criteria, ReportOptions, ScoreOptions, score
 from trm_audit.errors import BadInput, UsageError
-from trm_audit.pipeline.report import compare, summarize
+from trm_audit.pipeline.report import compare, default_criteria, summarize
 
 SAMPLES = Path(__file__).parents[1] / "sample_data"
 DELTA = ("--delta-max", "0.05")
@@ -41,7 +41,12 @@ def test_the_suffix_of_the_file_chooses_the_format(
 
 
 def test_the_format_can_be_named_for_standard_output(run: Run, sampled_scores: Path) -> None:
-    for form, begins in (("html", b"<!DOCTYPE html>"), ("md", b"### trm-audit"), ("json", b"{"), ("terminal", b"24 ")):
+    for form, begins in (
+        ("html", b"<!DOCTYPE html>"),
+        ("md", b"### trm-audit"),
+        ("json", b"{"),
+        ("terminal", b"6 of 24"),
+    ):
         assert run("report", sampled_scores, "--format", form).out.startswith(begins)
     assert run("report", sampled_scores, "--json").out == run("report", sampled_scores, "--format", "json").out
 
@@ -217,6 +222,22 @@ def test_of_dropped_rows_the_bounds_of_the_kept_are_shown_alone(run: Run, exact_
     assert b"smallest bound" in run("report", tmp_path / "train", "--format", "md").out
 
 
+def test_without_criteria_the_papers_thresholds_judge_and_the_verdict_says_so(run: Run, exact_scores: Path) -> None:
+    ours = summarize([str(exact_scores)], ReportOptions())
+    given = summarize([str(exact_scores)], ReportOptions(Criteria(delta_max=0.05, delta_avg=0.001)))
+    assert (ours.n_kept, ours.reasons, ours.violations) == (given.n_kept, given.reasons, given.violations)
+    assert ours.violations is not None
+    assert "max: kl <= 0.05 (exact), by default; mean: kl <= 0.001 (exact), by default" in ours.verdict
+
+
+def test_data_that_the_papers_thresholds_do_not_fit_are_not_judged(exact_scores: Path) -> None:
+    names = set(pq.read_schema(sorted((exact_scores / "data").iterdir())[0]).names)
+    assert default_criteria({"exact"}, names) == Criteria(delta_max=0.05, delta_avg=0.001)
+    assert default_criteria({"exact", "sampled"}, names) is None
+    assert default_criteria({"exact"}, names - {"seq_mean_kl"}) is None
+    assert default_criteria(set(), names) is None
+
+
 def test_a_gate_without_its_path_is_told_the_path(run: Run, sampled_scores: Path) -> None:
     outcome = run("report", sampled_scores, "--fail-on", "mean_k3>0")
     assert outcome.code == 2
@@ -228,10 +249,10 @@ def test_words_in_a_column_of_numbers_are_an_error_that_names_it(
 ) -> None:
     file = sorted((sampled_scores / "data").iterdir())[0]
     table = pq.read_table(file)
-    at = table.schema.get_field_index("seq_max_k2")
-    changed = table.set_column(at, "seq_max_k2", [["far"] * len(table)])
+    at = table.schema.get_field_index("seq_max_abs_log_ratio")
+    changed = table.set_column(at, "seq_max_abs_log_ratio", [["far"] * len(table)])
     footer = {k: v for k, v in pq.read_metadata(file).metadata.items() if k.startswith(b"trm_audit")}
     pq.write_table(changed.replace_schema_metadata(footer), tmp_path / file.name)
     outcome = run("report", tmp_path)
     assert outcome.code == 3
-    assert "'seq_max_k2' is string, numbers are needed" in outcome.err
+    assert "'seq_max_abs_log_ratio' is string, numbers are needed" in outcome.err

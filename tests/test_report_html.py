@@ -23,7 +23,7 @@ from report_rows import random_rows, score_batch
 from trm_audit.report.blocks import AcceptanceByLength, LengthCurve, ProbabilityDensity, ShownToken
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.compare import Comparison, Difference
-from trm_audit.report.page.curves import yours
+from trm_audit.report.deltas import given_thresholds
 from trm_audit.report.page.html import render_comparison_html, render_html
 from trm_audit.report.shown import SHADES, number, percent, shade, visible, visible_token
 from trm_audit.report.summary import AuditSummary, CombinedAcceptance, Counts, Thresholds
@@ -272,18 +272,6 @@ def test_the_first_screen_answers_before_it_warns_and_explains(html: str, summar
     assert first.count("Kept") == 1
 
 
-def test_without_criteria_the_page_says_what_the_papers_thresholds_keep(summary: AuditSummary) -> None:
-    undecided = dataclasses.replace(summary, n_kept=None, acceptance=None, violations=None)
-    page = Page(render_html(undecided))
-    found = summary.acceptance_combined[0]
-    share = found.share[found.deltas.index(0.05)][found.deltas.index(0.001)]
-    at = page.texts.index("Kept at the paper's thresholds")
-    assert percent(share) in page.texts[at : at + 4]
-    assert "seq_max_kl ≤ 0.05 and seq_mean_kl ≤ 0.001" in page.texts
-    nothing = dataclasses.replace(undecided, acceptance_combined=[])
-    assert "Kept at the paper's thresholds" not in Page(render_html(nothing)).texts
-
-
 def test_thresholds_of_the_paper_and_of_the_criteria_are_named_in_the_tables(html: str) -> None:
     assert '<th scope="row">0.05 <small>paper, yours</small></th>' in html
     assert '<th scope="row">0.001 <small>paper</small></th>' in html
@@ -299,16 +287,25 @@ def test_the_ring_is_at_the_thresholds_of_the_criteria_where_they_are_of_these_d
     ("limits", "expected"),
     [
         (Thresholds(), {}),
-        (Thresholds(delta_max=0.1, max_of="tv"), {"seq_max_tv": 0.1}),
-        (Thresholds(delta_max=0.1), {"seq_max_kl": 0.1, "seq_max_kl_lower": 0.1, "seq_max_k2": 0.1}),
-        (Thresholds(delta_avg=0.1, delta_total=2.0, avg_of="k3", total_of="kl"), {"seq_mean_k3": 0.1, "seq_sum_kl": 2}),
+        (
+            Thresholds(delta_max=0.1, max_of="tv"),
+            dict.fromkeys(("seq_max_tv", "seq_max_tv_lower", "seq_max_tv_upper"), 0.1),
+        ),
+        (
+            Thresholds(delta_max=0.1),
+            {"seq_max_kl": 0.1, "seq_max_kl_lower": 0.1, "seq_max_kl_upper": 0.1, "seq_max_k2": 0.1},
+        ),
+        (
+            Thresholds(delta_avg=0.1, delta_total=2.0, avg_of="k3", total_of="kl"),
+            {"seq_mean_k3": 0.1, "seq_sum_kl": 2, "seq_sum_kl_lower": 2, "seq_sum_kl_upper": 2},
+        ),
     ],
     ids=["none", "named", "by grade", "mean and total"],
 )
 def test_a_threshold_belongs_to_the_statistics_that_it_may_be_compared_with(
     limits: Thresholds, expected: dict[str, float]
 ) -> None:
-    assert yours(limits) == expected
+    assert given_thresholds(limits) == expected
 
 
 def test_versions_are_not_drawn_where_they_are_staleness_from_behind() -> None:

@@ -11,14 +11,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from trm_audit.criteria.limits import limits
-from trm_audit.criteria.thresholds import Criteria, describe, resolve
-from trm_audit.errors import BadInput, UsageError
+from trm_audit.criteria.thresholds import Criteria, describe, needed_columns, resolve
+from trm_audit.errors import AuditError, BadInput, UsageError
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.score_shards import check_finished, find_score_shards, grades_in, grades_of, judge
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.compare import Comparison
 from trm_audit.report.compare import compare as compared
 from trm_audit.report.decode import TOKENIZER_FILE, TokenText, token_text
+from trm_audit.report.deltas import PAPER
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.shards import schema
 from trm_audit.shards.publish import publish_text
@@ -32,7 +33,8 @@ class ReportOptions:
     """Settings of a report.
 
     Attributes:
-        criteria: what to judge score shards by; None reports no acceptance (training shards bring their own).
+        criteria: what to judge score shards by (training shards bring their own); None takes the thresholds of
+            arXiv 2512.23075 where the data are of one grade, and says so.
         horizon: T of the bounds; None is the longest response in the data.
         reward_range: R_max - R_min; None is taken from the data.
         target_acceptance: share of sequences that a threshold shall keep; None asks for none.
@@ -195,6 +197,16 @@ def _find_in(name: str, options: ReportOptions, watch: Progress) -> list[Shard]:
     return training.shards
 
 
+def default_criteria(grades: set[str], columns: set[str]) -> Criteria | None:
+    """The thresholds of the paper, where all rows are of one grade and the columns that it is judged by are there."""
+    criteria = Criteria(delta_max=PAPER["max"], delta_avg=PAPER["mean"])
+    try:
+        needed_columns(criteria, grades, columns)
+    except AuditError:
+        return None
+    return criteria if grades else None
+
+
 class _Reading:
     """One pass over score shards, which the criteria judge, or over training shards, which bring their verdicts.
 
@@ -222,21 +234,28 @@ class _Reading:
             )
         if self._judged and schema.FILTER in metadata:
             self._criteria = Criteria.from_json(json.dumps(json.loads(metadata[schema.FILTER])["criteria"]))
-        given = {f.name: getattr(self._criteria, f.name) for f in fields(Thresholds)} if self._criteria else {}
-        self._builder = SummaryBuilder(Thresholds(**given))
-        self._resolve(grades)
+        self._builder: SummaryBuilder | None = None
 
-    def _resolve(self, grades: set[str] | None) -> None:
-        if self._criteria is not None and grades:
-            self._criteria = resolve(self._criteria, grades)
-            self._builder.criteria = describe(self._criteria, grades)
+    def _begin(self, batch: pa.RecordBatch) -> SummaryBuilder:
+        """The builder for these criteria, or for those of the paper where none were given."""
+        self._grades = self._grades or grades_of(batch)
+        by_default = self._criteria is None and not self._judged
+        if by_default:
+            self._criteria = default_criteria(self._grades, set(batch.schema.names))
+        if self._criteria is None:
+            return SummaryBuilder()
+        words = []
+        if self._grades:
+            self._criteria = resolve(self._criteria, self._grades)
+            words = [f"{each}{', by default' * by_default}" for each in describe(self._criteria, self._grades)]
+        given = {field.name: getattr(self._criteria, field.name) for field in fields(Thresholds)}
+        return SummaryBuilder(Thresholds(**given), words)
 
     def add(self, batches: Iterable[pa.RecordBatch], watch: Progress) -> None:
         """Takes batches in."""
         for batch in batches:
-            if not self._grades:
-                self._grades = grades_of(batch)
-                self._resolve(self._grades)
+            if self._builder is None:
+                self._builder = self._begin(batch)
             self._builder.add(batch if self._judged else self._with_verdicts(batch))
             if "response_ids" in batch.schema.names:
                 watch.advance(len(batch.column("response_ids").flatten()))
@@ -253,12 +272,13 @@ class _Reading:
 
     def finish(self, counts: Sequence[Mapping[str, object]], runs: Sequence[Mapping[str, object]]) -> Audit:
         """Totals and summary; counts are those of the footers or the trailer, runs what made the scores."""
+        builder = self._builder or SummaryBuilder()
         total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
-        num_dropped = max(0, total - self._builder.counts["n_total"])
+        num_dropped = max(0, total - builder.counts["n_total"])
         for each in counts if num_dropped else ():
             reasons = each.get("reasons")
-            self._builder.reasons.update(reasons if isinstance(reasons, dict) else {})
-        summary = self._builder.finish(
+            builder.reasons.update(reasons if isinstance(reasons, dict) else {})
+        summary = builder.finish(
             horizon=self._options.horizon,
             reward_range=self._options.reward_range,
             target_acceptance=self._options.target_acceptance,
@@ -268,4 +288,4 @@ class _Reading:
             runs=[run for run in runs if run],
             limits=limits(self._criteria, self._grades or ()) if self._criteria else (),
         )
-        return Audit(self._builder, summary)
+        return Audit(builder, summary)

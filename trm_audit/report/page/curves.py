@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from trm_audit.report.blocks import BoundCurves
+from trm_audit.report.deltas import PAPER, given_thresholds
 from trm_audit.report.page.axes import Axis, Mark
 from trm_audit.report.page.figures import DIVERGENCES, STYLE, Figure, figure
 from trm_audit.report.page.plots import Cells, Panel, Series, chart, grid, pairs
 from trm_audit.report.page.svg import NUM_SHADES
 from trm_audit.report.shown import number, percent
-from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance, Thresholds
+from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance
 
-PAPER = {"max": 0.05, "mean": 0.001}
-"""Thresholds that the paper uses, marked in the figures."""
 CURVES = {
     "max": ("kl", "kl_lower", "kl_upper", "k2", "abs_log_ratio"),
     "mean": ("kl", "kl_lower", "kl_upper", "k3", "abs_log_ratio"),
     "sum": ("kl", "kl_lower", "kl_upper", "k3"),
 }
 """Statistic -> the divergences that criteria take by default, or that logs show; the JSON has all."""
-_DEFAULTS = {"max": ("kl", "kl_lower", "k2"), "mean": ("kl", "kl_lower", "k3"), "sum": ("kl", "kl_lower", "k3")}
-"""What a criterion without the name of a divergence may compare, by grade."""
-
-
-@dataclass(frozen=True)
-class AtPaper:
-    """Share of the sequences that the paper's two thresholds together keep, and what they are compared with."""
-
-    share: float
-    criteria: str
-
-
-def at_paper(summary: AuditSummary) -> AtPaper | None:
-    """By the leading divergences for which both thresholds were counted."""
-    for found in sorted(summary.acceptance_combined, key=_order):
-        if all(delta in found.deltas for delta in PAPER.values()):
-            i, j = (found.deltas.index(delta) for delta in PAPER.values())
-            limits = [f"seq_max_{found.max_of} ≤ {PAPER['max']:g}", f"seq_mean_{found.avg_of} ≤ {PAPER['mean']:g}"]
-            return AtPaper(found.share[i][j], " and ".join(limits))
-    return None
-
-
-def yours(limits: Thresholds) -> dict[str, float]:
-    """Statistic -> the threshold that the criteria put on it."""
-    given = (
-        ("max", limits.delta_max, limits.max_of),
-        ("mean", limits.delta_avg, limits.avg_of),
-        ("sum", limits.delta_total, limits.total_of),
-    )
-    return {
-        f"seq_{kind}_{name}": delta
-        for kind, delta, of in given
-        if delta is not None
-        for name in ((of,) if of else _DEFAULTS[kind])
-    }
 
 
 def deltas(summary: AuditSummary) -> list[Figure]:
@@ -80,7 +43,7 @@ def _order(found: CombinedAcceptance) -> int:
 
 def _acceptance(summary: AuditSummary, kind: str, words: str, delta: float | None) -> list[Figure]:
     grid_deltas, curves = summary.acceptance_curves.deltas, summary.acceptance_curves.curves
-    shown = [name for name in curves if name in yours(summary.thresholds)]
+    shown = [name for name in curves if name in given_thresholds(summary.thresholds)]
     shown += [f"seq_{kind}_{d}" for d in CURVES[kind]]
     found = {d: curves[f"seq_{kind}_{d}"].share for d in DIVERGENCES if f"seq_{kind}_{d}" in {*shown} & {*curves}}
     if not found:
@@ -134,7 +97,7 @@ def _combined(summary: AuditSummary, found: CombinedAcceptance) -> list[Figure]:
     levels = [[_share_shade(share) for share in row[up]] for row in found.share[across]]
     deltas_x, deltas_y = found.deltas[across], found.deltas[up]
     edges_x, edges_y = [number(d) for d in deltas_x], [number(d) for d in deltas_y]
-    given = yours(summary.thresholds)
+    given = given_thresholds(summary.thresholds)
     at = (given.get(f"seq_max_{found.max_of}", -1.0), given.get(f"seq_mean_{found.avg_of}", -1.0))
     at = at if all(value in found.deltas for value in at) else (PAPER["max"], PAPER["mean"])
     finding, points = f"kept {percent(found.share[-1][-1])} at the largest thresholds.", []

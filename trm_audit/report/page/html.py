@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from trm_audit.report.blocks import DeltaTable, ShownToken
+from trm_audit.report.deltas import given_thresholds
 from trm_audit.report.page import curves, figures, overlays, reasons
 from trm_audit.report.shown import MISSING, SHADES, number, percent, shade, visible, visible_token
 
@@ -47,9 +48,8 @@ def render_html(summary: AuditSummary, title: str = TITLE) -> str:
         title=title,
         summary=summary,
         figures=drawn,
-        at_paper=curves.at_paper(summary),
         delta_tables=_delta_tables(summary),
-        yours=curves.yours(summary.thresholds),
+        yours=given_thresholds(summary.thresholds),
         spreads=_main_spreads(summary),
         main_evidence=curves.main_evidence(summary),
         shades=SHADES,
