@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trm_audit.errors import UsageError
+from trm_audit.report.summary import numbers
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -109,7 +110,7 @@ def _step(value: Any, part: str, name: str, report: dict[str, Any]) -> Any:
 
 
 def _unknown(name: str, report: dict[str, Any]) -> UsageError:
-    names = list(_numbers(report))
+    names = [".".join(path) for path, _ in numbers(report)]
     near = [known for known in names if known.endswith((f".{name}", f".{name}.value"))][:4]
     near += difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     listed = ", ".join(dict.fromkeys(near)) or ", ".join(key for key in report if not isinstance(report[key], str))
@@ -118,12 +119,3 @@ def _unknown(name: str, report: dict[str, Any]) -> UsageError:
         place="--fail-on",
         next_step=f"Names are paths into the JSON report (report --json). Near: {listed}.",
     )
-
-
-def _numbers(value: Any, path: Sequence[str] = ()) -> Iterator[str]:
-    """Paths of all numbers, the long lists of the curves left out."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _numbers(entry, (*path, key))
-    elif value is None or isinstance(value, int | float) or value in ("inf", "-inf"):
-        yield ".".join(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -346,3 +347,17 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value
+
+
+def numbers(report: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float | int | None]]:
+    """Path and value of every number of a JSON report; infinities as floats, None for what is not known.
+
+    Lists are left out: curves, tables and excerpts.
+    """
+    if isinstance(report, Mapping):
+        for key, entry in report.items():
+            yield from numbers(entry, (*path, key))
+    elif report in ("inf", "-inf"):
+        yield path, float(report)
+    elif report is None or (isinstance(report, int | float) and not isinstance(report, bool)):
+        yield path, report

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from trm_audit.errors import OutputError, UsageError
 from trm_audit.report.compare import Comparison
 from trm_audit.report.shown import visible
-from trm_audit.report.summary import AuditSummary
+from trm_audit.report.summary import AuditSummary, numbers
 
 TRACKERS: dict[str, dict[str, Any]] = {"wandb": {"reinit": "create_new"}, "trackio": {}}
 """Package -> what its `init` is given besides: wandb would otherwise take over, and end, a run that is open already."""
 SETTINGS = ("kind", "name_a", "name_b", "run", "criteria", "thresholds")
 """What goes into the run's configuration rather than into its figures."""
+_NO_FIGURES = {*SETTINGS, "schema_version"}
 
 
 def log_to(kind: str, project: str, found: AuditSummary | Comparison, *, name: str | None = None) -> None:
@@ -64,7 +64,8 @@ def figures(report: Mapping[str, Any]) -> dict[str, float | int]:
     Worked instance: {"acceptance": 0.5, "d_max": {"seq_max_kl": "inf"}, "worst": [...]} gives
     {"acceptance": 0.5, "d_max/seq_max_kl": inf}.
     """
-    return dict(_numbers(report, ""))
+    found = ((path, value) for path, value in numbers(report) if value is not None and not _NO_FIGURES & {*path})
+    return {"/".join(visible(part).replace("/", "_") for part in path): value for path, value in found}
 
 
 def settings(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,15 +83,3 @@ def _tracker(kind: str) -> Any:
         raise UsageError(
             f"the package {kind} is not installed ({error})", place=f"--{kind}", next_step=f"pip install {kind}"
         ) from error
-
-
-def _numbers(value: Any, path: str) -> Iterator[tuple[str, float | int]]:
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            if key not in SETTINGS and key != "schema_version":
-                part = visible(str(key)).replace("/", "_")
-                yield from _numbers(entry, f"{path}/{part}" if path else part)
-    elif value in ("inf", "-inf"):
-        yield path, math.inf if value == "inf" else -math.inf
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield path, value
