@@ -238,7 +238,7 @@ RUN = {"model_hash": "5c1e", "dtype": "bfloat16", "head_dtype": "bfloat16"}
     ("changes", "said"),
     [
         ({"run": RUN | {"model_hash": "77ab"}}, "The models that scored them differ"),
-        ({"run": RUN | {"dtype": "float32"}}, "precision (A: bfloat16, B: float32, head bfloat16)"),
+        ({"run": RUN | {"dtype": "float32"}}, "precision (A: bfloat16, B: float32 (head bfloat16))"),
         ({"run": None}, "precision (A: bfloat16, B: not known)"),
         ({"criteria": ["k3 <= 1"]}, "The criteria differ"),
         ({"num_warnings": 2, "warnings": [Finding("few_kept", "y")] * 2}, "Read the warnings of B first: few_kept."),

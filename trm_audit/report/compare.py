@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trm_audit.numerics.bootstrap import bootstrap_difference
 from trm_audit.report.metrics import statistics
+from trm_audit.report.noise import precision
 from trm_audit.report.shown import percent
 from trm_audit.report.summary import AuditSummary, json_ready
 
@@ -242,9 +243,9 @@ def _notes(a: AuditSummary, b: AuditSummary) -> list[str]:
 
 
 def _precision(summary: AuditSummary) -> str:
-    """`bfloat16`, or `bfloat16, head float32`."""
-    dtype, head = ((summary.run or {}).get(name) for name in ("dtype", "head_dtype"))
-    return str(dtype or "not known") if head in (None, dtype) else f"{dtype}, head {head}"
+    """`bfloat16`, or `bfloat16 (head float32)`."""
+    run = summary.run or {}
+    return precision(run) or str(run.get("dtype") or "not known")
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,13 @@ def noise_floor(runs: Iterable[Mapping[str, Any]], limits: Iterable[tuple[str, f
     Raises:
         BadInput: a run's noise floor is not what schemas/score.md says.
     """
-    low = [run for run in distinct(runs) if _precision(run)]
+    low = [run for run in distinct(runs) if precision(run)]
     if not low:
         return None
     measured = [measurement for run in low if (measurement := _measurement(run)) is not None]
     below = [found for limit in limits if (found := _below(measured, *limit)) is not None]
     return NoiseFloor(
-        dtypes=sorted({_precision(run) for run in low}),
+        dtypes=sorted({precision(run) for run in low}),
         num_runs=len(low),
         num_measured=len(measured),
         num_rollouts=sum(each.num_rollouts for each in measured),
@@ -125,7 +125,7 @@ def sharing_rung(run: Mapping[str, Any]) -> str:
     return str(sharing.get("rung") or "") if isinstance(sharing, Mapping) else ""
 
 
-def _precision(run: Mapping[str, Any]) -> str:
+def precision(run: Mapping[str, Any]) -> str:
     """`bfloat16`, or `bfloat16 (head float32)`; empty where all was float32 or the run does not say."""
     dtype, head = (str(run.get(name) or "float32") for name in ("dtype", "head_dtype"))
     if run.get("dtype") is None or dtype == head == "float32":
