@@ -217,10 +217,10 @@ def test_a_view_outlives_its_index_and_gives_its_memory_back(tmp_path: Path) -> 
     stored = StoredLogits([table_of(tmp_path / "l.parquet", a=x)])
     view = stored.rows("a", 10, 20)
     del stored
-    assert pa.total_allocated_bytes() > before
+    assert pa.total_allocated_bytes() >= before + x.nbytes
     np.testing.assert_array_equal(view.numpy(), x[10:20])
     del view
-    assert pa.total_allocated_bytes() <= before
+    assert pa.total_allocated_bytes() < before + x.nbytes // 2  # readers of other tests may keep a few small buffers
 
 
 def test_rows_are_copied_once_views_would_hold_too_much(tmp_path: Path) -> None:

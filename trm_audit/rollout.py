@@ -20,17 +20,19 @@ from trm_audit.numerics.ragged import Bools, Floats, Ints, Ragged
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Grade = Literal["exact", "interval", "sampled"]
-GRADES: tuple[Grade, ...] = ("exact", "interval", "sampled")
+Grade = Literal["exact", "sketch", "interval", "sampled"]
+GRADES: tuple[Grade, ...] = ("exact", "sketch", "interval", "sampled")
 """Best evidence first. A row that carries several is audited with the best."""
 
 AuditedPolicy = Literal["sampling", "tempered", "raw"]
 """Which policy the figures of a row speak of; see schemas/score.md."""
 
 EXACT_DIVERGENCES = ("kl", "kl_reverse", "tv")
+SKETCH_ESTIMATES = ("kl_estimate",)
 INTERVAL_DIVERGENCES = ("kl_lower", "kl_upper", "tv_lower", "tv_upper")
+"""Bounds: rigorous at grade `interval`, at a stated confidence at grade `sketch`."""
 SAMPLED_DIVERGENCES = ("log_ratio", "ratio", "k1", "k2", "k3", "abs_log_ratio")
-DIVERGENCES = SAMPLED_DIVERGENCES + EXACT_DIVERGENCES + INTERVAL_DIVERGENCES
+DIVERGENCES = SAMPLED_DIVERGENCES + EXACT_DIVERGENCES + SKETCH_ESTIMATES + INTERVAL_DIVERGENCES
 """Every D of the `seq_max_D`, `seq_mean_D`, `seq_sum_D`, `seq_argmax_D` columns."""
 
 TOKEN_SCORES = (
@@ -39,6 +41,8 @@ TOKEN_SCORES = (
     *EXACT_DIVERGENCES,
     "rollout_entropy",
     "trainer_entropy",
+    *SKETCH_ESTIMATES,
+    "hellinger2",
     *INTERVAL_DIVERGENCES,
     "routing_agreement",
 )
@@ -89,6 +93,25 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Sketches:
+    """Random projections of what the top-K lists leave out, of one batch (see `numerics.sketch`).
+
+    Attributes:
+        vectors: per row [tokens, m] flattened, float16; empty for a row without.
+        dim: [rows] m, 0 for a row without.
+        seed: [rows] of the signs.
+        tail_mass: [response tokens] float64, the probability of all tokens outside the list; NaN where there is none.
+
+    Worked instance: one row of two tokens, m = 64: vectors.values [128], dim [64], seed [1], tail_mass [.05, .002].
+    """
+
+    vectors: Ragged
+    dim: Ints
+    seed: Ints
+    tail_mass: Floats
+
+
+@dataclass(frozen=True)
 class RoutedExperts:
     """The experts that the engine sent each token to.
 
@@ -121,6 +144,9 @@ class RolloutBatch:
         rollout_logprobs: [response tokens] float64, NaN where absent.
         stored_trainer_logprobs: [response tokens] float64, NaN where absent, or None without the column.
         topk: top-K evidence, or None without the columns.
+        sketches: of the tails of these lists, or None without the columns.
+        stored_entropy: [response tokens] float64 entropy of pi_roll as the sampler computed it, NaN where absent, or
+            None without the column.
         sampling: [rows].
         policy_version: [rows] oldest version of the row, float64 with NaN for null, or None without the column.
         grade: [rows] best grade the row's evidence allows; None where there is no policy token to speak of.
@@ -145,6 +171,8 @@ class RolloutBatch:
     policy_version: Floats | None
     grade: Sequence[Grade | None]
     routed_experts: RoutedExperts | None = None
+    sketches: Sketches | None = None
+    stored_entropy: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.rollout_id)

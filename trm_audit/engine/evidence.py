@@ -13,8 +13,10 @@ from trm_audit.engine.footing import comparison
 from trm_audit.errors import BadInput, RowError
 from trm_audit.numerics.divergences import RowStatistics, TokenDivergences, divergences, row_statistics
 from trm_audit.numerics.intervals import ENGINE_SLACK, intervals
-from trm_audit.numerics.ragged import Floats, Ints
-from trm_audit.numerics.sampling import sampling_logits
+from trm_audit.numerics.ragged import Floats, Ints, segment_sum
+from trm_audit.numerics.sampling import sampling_logits, with_drawn
+from trm_audit.numerics.sketch import Sketch
+from trm_audit.numerics.sketch_bounds import compare_sketch
 from trm_audit.rollout import RolloutBatch, TokenScores
 from trm_audit.shards.logits import Runs, StoredLogits
 
@@ -31,12 +33,20 @@ class Piece:
         positions: [n] where a step's hidden states predict them.
         logits: stored full logits.
         out: where the scores go.
+        confidence: that the bounds from sketches hold at all positions of a sequence.
     """
 
     def __init__(
-        self, batch: RolloutBatch, tokens: Ints, positions: Ints, logits: StoredLogits | None, out: TokenScores
+        self,
+        batch: RolloutBatch,
+        tokens: Ints,
+        positions: Ints,
+        logits: StoredLogits | None,
+        out: TokenScores,
+        confidence: float,
     ) -> None:
         self.batch, self.tokens, self.positions, self.logits, self.out = batch, tokens, positions, logits, out
+        self.confidence = confidence
         self.rows = np.searchsorted(batch.response.offsets, tokens, side="right") - 1
         self.present = list(dict.fromkeys(self.rows.tolist()))
         self.grades = np.array([batch.grade[row] for row in self.rows])
@@ -111,7 +121,7 @@ class Piece:
         rollout = sampling_logits(stored, *rebuild)
         lost = rollout.gather(1, ids[:, None]).isneginf()
         self.out.num_disagreements[row] += int((lost & ~stored.gather(1, ids[:, None]).isneginf()).sum())
-        return rollout.scatter(1, ids[:, None], stored.gather(1, ids[:, None]) / rebuild[0])
+        return with_drawn(rollout, stored, ids, rebuild[0])
 
     def _agreement(self, row: int, tokens: Ints, stored: Tensor, ids: Tensor, found: RowStatistics) -> None:
         """Checks the sampled values against the stored distribution.
@@ -145,13 +155,16 @@ class Piece:
         found = row_statistics(trainer, ids)
         self._put("trainer_logprobs", self.tokens[mine], found.logprobs)
         self._put("trainer_entropy", self.tokens[mine], found.entropy)
-        listed = np.flatnonzero(self.grades[mine] == "interval")
-        if len(listed):
-            here = torch.from_numpy(listed).to(trainer.device)
-            whole = len(listed) == len(mine)
-            self._interval(
-                mine[listed], trainer if whole else trainer[here], found.logsumexp if whole else found.logsumexp[here]
-            )
+        for compare, kind in ((self._interval, "interval"), (self._sketched, "sketch")):
+            listed = np.flatnonzero(self.grades[mine] == kind)
+            if len(listed):
+                here = torch.from_numpy(listed).to(trainer.device)
+                some = (
+                    (trainer, found.logsumexp) if len(listed) == len(mine) else (trainer[here], found.logsumexp[here])
+                )
+                compare(mine[listed], *some)
+        if self.batch.stored_entropy is not None:
+            self.out.tokens["rollout_entropy"][self.tokens[mine]] = self.batch.stored_entropy[self.tokens[mine]]
 
     def _interval(self, mine: Ints, trainer: Tensor, logsumexp: Tensor) -> None:
         """Tokens of which a list is known."""
@@ -165,6 +178,52 @@ class Piece:
         for name in ("kl_lower", "kl_upper", "tv_lower", "tv_upper"):
             self._put(name, tokens, getattr(bounds, name))
         self._check_sampled(tokens, ids, logp, floor, topk.step)
+
+    def _sketched(self, mine: Ints, trainer: Tensor, logsumexp: Tensor) -> None:
+        """Tokens of which a list is known, and a projection of the rest; those of one dimension and seed together."""
+        sketches = self.batch.sketches
+        assert sketches is not None
+        rows = self.rows[mine]
+        made = np.stack([sketches.dim[rows], sketches.seed[rows]], axis=1)
+        kinds, kind = np.unique(made, axis=0, return_inverse=True)
+        for i, (_, seed) in enumerate(kinds.tolist()):
+            at = np.flatnonzero(kind == i)
+            some = torch.from_numpy(at).to(trainer.device)
+            self._of_one_seed(mine[at], trainer[some], logsumexp[some], seed)
+
+    def _of_one_seed(self, mine: Ints, trainer: Tensor, logsumexp: Tensor, seed: int) -> None:
+        topk, tokens = self.batch.topk, self.tokens[mine]
+        assert topk is not None
+        ids, logp = self._points(tokens)
+        floor = topk.logprobs[topk.offsets[tokens + 1] - 1]
+        self._check_sampled(tokens, ids, logp, floor, topk.step)
+        bounds = compare_sketch(
+            self._stored_sketch(tokens, self.rows[mine], ids[:, :-1], logp[:, :-1], trainer.device),
+            trainer,
+            seed=seed,
+            positions=self._num_positions(self.rows[mine]),
+            step=topk.step,
+            confidence=self.confidence,
+            logsumexp=logsumexp,
+        )
+        for name in ("kl_estimate", "kl_lower", "kl_upper", "tv_lower", "tv_upper", "hellinger2"):
+            self._put(name, tokens, getattr(bounds, name))
+
+    def _stored_sketch(
+        self, tokens: Ints, rows: Ints, ids: NDArray[np.int64], logp: Floats, device: torch.device
+    ) -> Sketch:
+        """Of some tokens of one dimension. ids, logp: [n, K] their lists, -inf where a list has ended."""
+        sketches, first = self.batch.sketches, self.batch.response.offsets
+        assert sketches is not None
+        at = sketches.vectors.offsets[rows] + (tokens - first[rows]) * sketches.dim[rows]
+        vectors = sketches.vectors.values[at[:, None] + np.arange(sketches.dim[rows[0]])]
+        stored = (ids, logp, vectors, sketches.tail_mass[tokens], np.full(len(tokens), np.nan))
+        return Sketch(*(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in stored))
+
+    def _num_positions(self, rows: Ints) -> Ints:
+        """[n] policy tokens of the sequence that each token is of."""
+        of_row = segment_sum(self.batch.response_mask.astype(np.float64), self.batch.response.offsets)
+        return of_row[rows].astype(np.int64)
 
     def _points(self, tokens: Ints) -> tuple[NDArray[np.int64], Floats]:
         """[n, K + 1] ids and log-probabilities that are known: the list, and the sampled token where it is outside."""

@@ -35,6 +35,7 @@ class Scorer:
         head_rows: positions that go through the head at once; head_rows x vocabulary logits is the largest thing held.
         max_tokens: tokens of one forward; None takes the model's.
         read_ahead: read stored logits in threads beside the forward.
+        confidence: that the bounds from sketches hold at all positions of a sequence.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Scorer:
         head_rows: int,
         max_tokens: int | None = None,
         read_ahead: bool = True,
+        confidence: float = 0.95,
     ) -> None:
-        self._model, self._logits, self._head_rows = model, logits, head_rows
+        self._model, self._logits, self._head_rows, self._confidence = model, logits, head_rows, confidence
         self._max_tokens, self._read_ahead = max_tokens, read_ahead
 
     def score(self, batch: RolloutBatch) -> TokenScores:
@@ -125,7 +127,7 @@ class Scorer:
         order = np.argsort(flat)  # each row's together, as they are stored: segments that rows share come between
         for i in range(0, len(flat), self._head_rows):
             here = order[i : i + self._head_rows]
-            yield Piece(batch, flat[here], where[here], self._logits, out)
+            yield Piece(batch, flat[here], where[here], self._logits, out, self._confidence)
 
 
 def needed_tokens(batch: RolloutBatch) -> list[Ints]:

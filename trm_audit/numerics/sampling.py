@@ -27,3 +27,15 @@ def sampling_logits(logits: Tensor, temperature: float, top_p: float, top_k: int
         drop = torch.zeros_like(out, dtype=torch.bool).scatter_(1, order, before >= top_p)
         out = out.masked_fill(drop, -torch.inf)
     return out
+
+
+def with_drawn(rollout: Tensor, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Truncated logits with the token that was drawn from each row back in place: what was drawn was not truncated.
+
+    Args:
+        rollout: [n, V] as `sampling_logits` made them, whose rounding may differ from the sampler's.
+        logits: [n, V] raw.
+        ids: [n] int64 the drawn tokens.
+        temperature: that the rollout's logits have behind them.
+    """
+    return rollout.scatter(1, ids[:, None], logits.gather(1, ids[:, None]).float() / temperature)

@@ -37,6 +37,7 @@ class ScoreOptions:
         vocab_size: cut both sides to the first n tokens; None keeps all and refuses other sizes.
         max_tokens: tokens of one forward, padding counted; None is 4,096 on a CPU and 16,384 on a GPU.
         head_rows: positions whose logits exist at once.
+        confidence: that the bounds from sketches hold at all positions of a sequence, in (0, 1).
         columns: ours -> theirs.
         defaults: sampling settings of rows that do not state them; mode_given says that its mode is meant.
         trainer_version: for staleness.
@@ -60,6 +61,7 @@ class ScoreOptions:
     vocab_size: int | None = None
     max_tokens: int | None = None
     head_rows: int = 128
+    confidence: float = 0.95
     columns: Mapping[str, str] = field(default_factory=dict)
     defaults: Sampling = field(default_factory=Sampling)
     mode_given: bool = False
@@ -79,6 +81,8 @@ class ScoreOptions:
         """Raises UsageError where settings contradict each other."""
         if (self.trainer_logprobs == "stored") == (self.model is not None):
             raise UsageError("give either --model DIR or --trainer-logprobs stored")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"--confidence {self.confidence:g} is not between 0 and 1, as 0.95")
         if self.batch_invariant and self.sharing not in ("auto", "padded"):
             raise UsageError(
                 f"--batch-invariant pads every sequence to the same shape, --sharing {self.sharing} does not",
@@ -194,6 +198,7 @@ class Trainer:
             "columns": dict(options.columns),
             "defaults": asdict(options.defaults),
             "trainer_version": options.trainer_version,
+            "confidence": options.confidence,
             "limit": options.limit,
             "sample": options.sample,
             "noise_floor": self.noise,
@@ -218,4 +223,5 @@ class Trainer:
             return score_stored(batch)
         from trm_audit.engine.scorer import Scorer
 
-        return Scorer(self.model, logits, head_rows=self.options.head_rows).score(batch)
+        options = self.options
+        return Scorer(self.model, logits, head_rows=options.head_rows, confidence=options.confidence).score(batch)

@@ -65,11 +65,22 @@ def _check_range(rows: Rows, name: str, values: pa.Array, owner: Ints, vocab_siz
     )
 
 
+PER_TOKEN = (
+    "response_mask",
+    "rollout_logprobs",
+    "rollout_topk_ids",
+    "rollout_topk_logprobs",
+    "rollout_tail_mass",
+    "rollout_entropy",
+    "trainer_logprobs",
+    "policy_version",
+)
+
+
 def check_lengths(rows: Rows) -> None:
     """Rules 3, 4 and 10."""
     wanted = ragged(rows.columns.column("response_ids")).lengths
-    names = ["response_mask", "rollout_logprobs", "rollout_topk_ids", "rollout_topk_logprobs", "trainer_logprobs"]
-    for name in [*names, "policy_version"]:
+    for name in PER_TOKEN:
         column = rows.column(name)
         if column is None or not pa.types.is_list(column.type):
             continue

@@ -24,6 +24,7 @@ from trm_audit.shards.row_values import (
     read_version,
     topk_step,
 )
+from trm_audit.shards.sketches import read_sketches
 
 
 class LogitsIndex(Protocol):
@@ -98,11 +99,12 @@ def _take_apart(rows: Rows, rules: RowRules, step: float) -> RolloutBatch:
     sampling = read_sampling(rows, rules.defaults, rules.mode_given)
     logprobs, has_logprobs = read_logprobs(rows, "rollout_logprobs", response, mask)
     topk, has_topk = read_topk(rows, response, mask, sampling, step, rules.vocab_size)
+    sketches, has_sketch = read_sketches(rows, response, mask, has_topk, rules.vocab_size)
     num_tokens = segment_sum(mask.astype(np.float64), response.offsets)
     version = read_version(rows, response, mask)
     ids: list[str] = rows.columns.column("rollout_id").to_pylist()
-    grade = _grades(rows, rules, ids, response, num_tokens, has_logprobs, has_topk)
-    groups = rows.column("group_id")
+    grade = _grades(rows, rules, ids, response, num_tokens, has_logprobs, has_topk, has_sketch)
+    groups, entropy = rows.column("group_id"), rows.column("rollout_entropy")
     return RolloutBatch(
         shard=rows.shard,
         row_numbers=rows.row_numbers,
@@ -119,6 +121,8 @@ def _take_apart(rows: Rows, rules: RowRules, step: float) -> RolloutBatch:
         policy_version=version,
         grade=grade,
         routed_experts=read_routing(rows, prompt.lengths + response.lengths),
+        sketches=sketches,
+        stored_entropy=None if entropy is None else per_token(entropy, response, np.nan),
     )
 
 
@@ -141,6 +145,7 @@ def _grades(
     num_tokens: Floats,
     has_logprobs: Bools,
     has_topk: Bools,
+    has_sketch: Bools,
 ) -> list[Grade | None]:
     """Rules 9 and 11: the best grade each row's evidence allows, None without policy tokens."""
     grades: list[Grade | None] = []
@@ -155,6 +160,8 @@ def _grades(
                 )
             except RowError as error:
                 rows.faults.setdefault(row, error)
+        elif has_sketch[row] and not rules.stored_trainer:
+            grades.append("sketch")
         elif has_topk[row] and not rules.stored_trainer:
             grades.append("interval")
         else:
@@ -168,7 +175,7 @@ def _grades(
             else "no evidence of the rollout policy"
             for row in np.flatnonzero(needy)
         },
-        "Store rollout_logprobs (grade sampled), with top-K lists (interval), or full logits (exact): "
+        "Store rollout_logprobs (grade sampled), with top-K lists (interval), a sketch, or full logits (exact): "
         "schemas/rollout.md, rule 9.",
     )
     return grades

@@ -35,6 +35,10 @@ def _flag(kind: pa.DataType) -> bool:
     return bool(pt.is_boolean(kind) or pt.is_integer(kind))
 
 
+def _bytes(kind: pa.DataType) -> bool:
+    return bool(pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind))
+
+
 def _list_of(inner: Check) -> Check:
     def check(kind: pa.DataType) -> bool:
         lists = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
@@ -59,6 +63,12 @@ ROLLOUT_COLUMNS: Mapping[str, Column] = {
     "rollout_logprobs": Column(pa.list_(pa.float32()), _list_of(_number)),
     "rollout_topk_ids": Column(pa.list_(pa.list_(pa.int32())), _list_of(_list_of(pt.is_integer))),
     "rollout_topk_logprobs": Column(pa.list_(pa.list_(pa.float32())), _list_of(_list_of(_number))),
+    "rollout_sketch": Column(pa.large_binary(), _bytes),
+    "rollout_tail_mass": Column(pa.list_(pa.float32()), _list_of(_number)),
+    "sketch_dim": Column(pa.int32(), pt.is_integer),
+    "sketch_seed": Column(pa.int64(), pt.is_integer),
+    "sketch_vocab_size": Column(pa.int32(), pt.is_integer),
+    "rollout_entropy": Column(pa.list_(pa.float32()), _list_of(_number)),
     "group_id": Column(pa.string(), _text),
     "response_mask": Column(pa.list_(pa.bool_()), _list_of(_flag)),
     "reward": Column(pa.float64(), _number),
@@ -75,7 +85,7 @@ ROLLOUT_COLUMNS: Mapping[str, Column] = {
 }
 
 VERSION_PER_TOKEN = Column(pa.list_(pa.int64()), _list_of(pt.is_integer))
-BULKY = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_sketch", "routed_experts")
+BULKY = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_sketch", "rollout_tail_mass", "routed_experts")
 """Evidence that score shards leave behind."""
 
 BLOCK_COLUMNS: Mapping[str, Column] = {
