@@ -37,6 +37,25 @@ def topk(ids: list[int], logprobs: list[float]) -> Callable[[Row], Any]:
     return overwrite(rollout_topk_ids=[ids, *rest[0]], rollout_topk_logprobs=[logprobs, *rest[1]])
 
 
+def sketched(**values: Any) -> Callable[[Row], Any]:
+    """Evidence of grade `sketch` at every position of the bad row: a list of two, a tail of 2 % on 64 numbers."""
+    right = {
+        "rollout_topk_ids": [[2, 3]] * 4,
+        "rollout_topk_logprobs": [[-0.1, -2.573]] * 4,
+        "rollout_tail_mass": [0.02] * 4,
+        "rollout_sketch": sketch_bytes("<f2"),
+        "sketch_dim": 64,
+        "sketch_seed": 1,
+        "sketch_vocab_size": task.VOCAB_SIZE,
+    }
+    return overwrite(**right | values)
+
+
+def sketch_bytes(kind: str, positions: int = 4) -> bytes:
+    """Positions of 64 numbers whose squares sum to 0.02."""
+    return np.full(positions * 64, (0.02 / 64) ** 0.5, dtype=kind).tobytes()
+
+
 NAN, INF = float("nan"), float("inf")
 ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
     ("null-rollout-id", 1, False, "rollout_id is null", "rollout_id", overwrite(rollout_id=None)),
@@ -173,6 +192,31 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "layers or experts",
         overwrite(routed_experts=[*[[[0, 5], [3, 1]]] * 6, [[0, 5]]]),
     ),
+    ("sketch-without-seed", 13, False, "sketch_seed is null", "sketch_seed", sketched(sketch_seed=None)),
+    (
+        "sketch-of-three-positions",
+        13,
+        False,
+        "rollout_sketch is of 3 positions, response_ids of 4",
+        "384 bytes",
+        sketched(rollout_sketch=sketch_bytes("<f2", 3)),
+    ),
+    (
+        "sketch-in-big-endian",
+        13,
+        False,
+        "the numbers of rollout_sketch are big-endian",
+        "length of its tail mass",
+        sketched(rollout_sketch=sketch_bytes(">f2")),
+    ),
+    (
+        "sketch-of-other-vocabulary",
+        13,
+        True,
+        "sketch_vocab_size is 999, the model has 20 tokens",
+        "999 tokens",
+        sketched(sketch_vocab_size=999),
+    ),
 ]
 
 
@@ -194,6 +238,11 @@ def as_table(rows: list[Row]) -> pa.Table:
         "logprobs_mode": pa.string(),
         "policy_version": pa.list_(pa.int64()),
         "routed_experts": pa.list_(pa.list_(pa.list_(pa.int16()))),
+        "rollout_sketch": pa.large_binary(),
+        "rollout_tail_mass": pa.list_(pa.float32()),
+        "sketch_dim": pa.int32(),
+        "sketch_seed": pa.int64(),
+        "sketch_vocab_size": pa.int32(),
     }
     used = [name for name in types if any(name in row for row in rows)]
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, types[name]) for name in used]))
