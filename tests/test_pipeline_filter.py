@@ -12,13 +12,16 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Run
 from some_rollouts import rollout, write_shard
 
-from trm_audit.criteria.thresholds import Criteria
+from trm_audit.criteria.thresholds import Criteria, Undecided
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.pipeline.filter import FilterOptions, filter_scores
 from trm_audit.pipeline.score import ScoreOptions, score
+from trm_audit.record import Recipe, evidence
+from trm_audit.shards.sketches import sketch_columns
 from trm_audit.shards.training import FIRST
 from trm_audit.shards.write import StreamSink, head
 
@@ -298,6 +301,85 @@ def test_a_mixture_of_grades_has_to_name_its_divergence(checkpoint: Path, tmp_pa
         filtered(tmp_path / "scores", tmp_path / "out")
     named = FilterOptions(Criteria(delta_max=10.0, max_of="k2"))
     assert filter_scores([str(tmp_path / "scores")], str(tmp_path / "out"), named).n_kept == 3
+
+
+def sketched(index: int) -> dict[str, Any]:
+    """The row `rollout(index, "exact")` with sketches of its logits instead of them."""
+    row = rollout(index, "exact")
+    logits = torch.from_numpy(row.pop("logits"))
+    found = evidence(logits, row["response_ids"], recipe=Recipe(k=5)).numpy()
+    columns = sketch_columns([found], [np.ones(len(logits), dtype=bool)])
+    return {**row, **{name: column[0].as_py() for name, column in columns.items()}, "logprobs_mode": "processed"}
+
+
+@pytest.fixture(scope="module")
+def half_sketched(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score folder, at 90 % confidence, of two shards of 12 rows, exact and sketched in turns."""
+    folder = tmp_path_factory.mktemp("half-sketched")
+    for k in range(2):
+        rows = [sketched(i) if i % 2 else rollout(i, "exact") for i in range(12 * k, 12 * k + 12)]
+        write_shard(folder / "rollouts" / f"part-{k}.parquet", rows)
+    score([str(folder / "rollouts")], str(folder / "scores"), ScoreOptions(model=checkpoint, confidence=0.9))
+    return folder / "scores"
+
+
+def test_exact_and_sketched_rows_are_judged_by_one_threshold_on_kl(half_sketched: Path, tmp_path: Path) -> None:
+    scores = rows_of(half_sketched)
+    assert {row["grade"] for row in scores} == {"exact", "sketch"}
+    options = FilterOptions(Criteria(delta_max=MEDIAN, max_of="kl", on_estimate=True))
+    result = filter_scores([str(half_sketched)], str(tmp_path / "out"), options)
+    rows = rows_of(tmp_path / "out")
+    assert 0 < result.n_kept < result.n_total
+    for row, known in zip(rows, scores, strict=True):
+        decides = "seq_max_kl" if known["grade"] == "exact" else "seq_max_kl_estimate"
+        assert known[decides] is not None
+        assert row["keep"] == (known[decides] <= MEDIAN)
+        assert row["keep"] or row["reason"].startswith(f"{decides}_above_delta_max(")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["criteria"]["on_estimate"] is True
+
+
+@pytest.mark.parametrize(
+    ("undecided", "delta", "bound", "cause"),
+    [("mask", 0.2, "upper", "undecided_seq_max_tv"), ("keep", 0.1, "lower", "seq_max_tv_lower_above_delta_max")],
+)
+def test_sketched_rows_are_kept_by_the_bound_of_tv_that_undecided_asks_for(
+    half_sketched: Path, tmp_path: Path, undecided: Undecided, delta: float, bound: str, cause: str
+) -> None:
+    criteria = Criteria(delta_max=delta, max_of="tv", undecided=undecided)
+    filter_scores([str(half_sketched)], str(tmp_path / "out"), FilterOptions(criteria))
+    pairs = zip(rows_of(tmp_path / "out"), rows_of(half_sketched), strict=True)
+    sketches = [(row, known) for row, known in pairs if known["grade"] == "sketch"]
+    for row, known in sketches:
+        assert row["keep"] == (known[f"seq_max_tv_{bound}"] <= delta)
+    assert {row["reason"] and row["reason"].split("(")[0] for row, _ in sketches} == {None, cause}
+
+
+def test_the_lines_about_sketches_give_the_confidence_of_the_run_and_the_flag_that_decides(
+    run: Run, half_sketched: Path, tmp_path: Path
+) -> None:
+    by_kl = ("filter", half_sketched, "--delta-max", str(MEDIAN), "--max-of", "kl", "-o", tmp_path / "out")
+    outcome = run(*by_kl)
+    assert "between the two --undecided mask; the bounds hold at 90 % confidence (sketch)" in outcome.err
+    refused = run(*by_kl, "--undecided", "error", "--overwrite")
+    assert refused.code == 3
+    assert "let the estimate of kl decide with --on-estimate" in refused.err
+    decided = run(*by_kl, "--undecided", "error", "--overwrite", "--on-estimate")
+    assert decided.code == 0
+    assert "max: kl <= 0.06 (exact)" in decided.err
+    assert "max: kl_estimate <= 0.06 (sketch)" in decided.err
+
+
+@pytest.mark.parametrize("command", ["filter", "report"])
+def test_an_estimate_that_nothing_asks_for_is_a_usage_error(
+    run: Run, half_sketched: Path, tmp_path: Path, command: str
+) -> None:
+    output = ("-o", tmp_path / "out") if command == "filter" else ()
+    refused = run(command, half_sketched, "--on-estimate", *output)
+    assert refused.code == 2
+    assert "no criterion was given" in refused.err
+    refused = run(command, half_sketched, "--on-estimate", "--delta-max", "1", "--max-of", "k2", *output)
+    assert refused.code == 2
+    assert "no threshold is on kl" in refused.err
 
 
 def test_the_divergence_that_decides_is_printed(run: Run, sampled_scores: Path, tmp_path: Path) -> None:

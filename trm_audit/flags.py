@@ -87,7 +87,9 @@ def columns_flag(command: F) -> F:
 
 def criteria_flags(command: F) -> F:
     """The flags that spell criteria, shared by filter and report."""
-    divergence = "kl, kl-reverse, tv, abs-log-ratio, k2 or k3; the default depends on the grade and is printed."
+    divergence = (
+        "kl, kl-reverse, tv, kl-estimate, abs-log-ratio, k2 or k3; the default depends on the grade and is printed."
+    )
     for option in reversed(
         [
             click.option(
@@ -108,7 +110,12 @@ def criteria_flags(command: F) -> F:
                 type=click.Choice(["mask", "keep", "error"]),
                 default="mask",
                 show_default=True,
-                help="Rows whose interval of kl or tv contains the threshold.",
+                help="Rows whose bounds of kl or tv enclose the threshold.",
+            ),
+            click.option(
+                "--on-estimate",
+                is_flag=True,
+                help="Where kl is named, judge rows of grade sketch by its estimate, not by its bounds.",
             ),
         ]
     ):
@@ -155,6 +162,13 @@ MODEL_FLAGS = (
         default=128,
         show_default=True,
         help="Positions whose logits exist at once.",
+    ),
+    click.option(
+        "--confidence",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="That the bounds from sketches hold at all positions of a sequence.",
     ),
     click.option(
         "--sharing",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 
 from trm_audit.criteria.conditions import And, Column, Comparison, Condition, Not, Number, Operand, Or
 from trm_audit.criteria.expressions import parse
-from trm_audit.criteria.thresholds import BOUNDED_DIVERGENCES, Criteria, Rule, resolve
+from trm_audit.criteria.thresholds import Criteria, Rule, resolve
 from trm_audit.rollout import GRADES, Grade
 
 Limit = tuple[str, float]
@@ -43,8 +43,7 @@ def limits(criteria: Criteria, grades: Collection[str]) -> list[Limit]:
 def _rejecting(rule: Rule, grade: Grade, keeps_undecided: bool) -> tuple[str, ...]:
     """The divergences that reject a row where they are above the delta."""
     compared = rule.compared(grade)
-    undecidable = grade == "interval" and rule.divergence in BOUNDED_DIVERGENCES
-    return compared[:1] if undecidable and keeps_undecided else compared
+    return compared[:1] if keeps_undecided and rule.is_bounded(grade) else compared
 
 
 def upper_limits(condition: Condition, wanted: bool = True) -> Iterator[Limit]:

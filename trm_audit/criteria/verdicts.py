@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from trm_audit.criteria.conditions import FALSE, UNKNOWN
 from trm_audit.criteria.expressions import Expression, parse
-from trm_audit.criteria.thresholds import PROOF_OF_INFINITE_KL, Criteria, Rule, resolve
+from trm_audit.criteria.grades import PROOF_OF_INFINITE_KL
+from trm_audit.criteria.thresholds import Criteria, Rule, resolve
 from trm_audit.errors import BadInput
 from trm_audit.numerics.ragged import Bools, Floats, Ints
 from trm_audit.rollout import GRADES, Grade
@@ -38,6 +39,9 @@ class Verdicts:
 
     keep: Bools
     reason: list[str | None]
+
+
+_UNDECIDED = "undecided_"
 
 
 def row_number(row: int) -> str:
@@ -70,7 +74,7 @@ def decide(criteria: Criteria, scores: Scores, place: Callable[[int], str] = row
     if resolved.keep is not None:
         findings.apply_expression(parse(resolved.keep), np.sort(np.concatenate(list(open_rows.values()))))
     if resolved.undecided == "error":
-        _refuse_undecided(findings.reason, place)
+        _refuse_undecided(findings.reason, grade.tolist(), place)
     return Verdicts(np.array([reason is None for reason in findings.reason], dtype=bool), findings.reason)
 
 
@@ -139,7 +143,7 @@ class _Findings:
     def _reject_undecided(self, rule: Rule, lower: str, upper: str, rows: Ints) -> None:
         low, high = (_numbers(self.scores, rule.column(bound))[rows] for bound in (lower, upper))
         between = (low <= rule.delta) & (high > rule.delta)
-        cause = f"undecided_{rule.column(str(rule.divergence))}"
+        cause = f"{_UNDECIDED}{rule.column(str(rule.divergence))}"
         fields = f"lower=%.6g, upper=%.6g, delta={rule.delta:.6g}"
         self.reject(rows[between], f"{cause}({fields})", low[between], high[between])
 
@@ -171,12 +175,21 @@ def _numbers(scores: Scores, column: str) -> Floats:
     return np.asarray(scores[column], dtype=np.float64)
 
 
-def _refuse_undecided(reasons: list[str | None], place: Callable[[int], str]) -> None:
-    """Raise BadInput at the first row that would be kept but for a threshold inside its interval."""
+def _refuse_undecided(reasons: list[str | None], grades: list[Grade], place: Callable[[int], str]) -> None:
+    """Raise BadInput at the first row that would be kept but for a threshold between its bounds."""
     for row, reason in enumerate(reasons):
-        if reason is not None and all(cause.startswith("undecided_") for cause in causes(reason)):
+        if reason is not None and all(cause.startswith(_UNDECIDED) for cause in causes(reason)):
             raise BadInput(
-                f"undecided: {reason.removeprefix('undecided_')}",
+                f"undecided: {reason.removeprefix(_UNDECIDED)}",
                 place=place(row),
-                next_step="Use --undecided mask or keep, or name an estimate with --max-of k2 --avg-of k3.",
+                next_step=f"Use --undecided mask or keep, or {_estimate_for(grades[row], reason)}.",
             )
+
+
+def _estimate_for(grade: Grade, reason: str) -> str:
+    """What to ask for, so that an estimate decides on a row where bounds do not."""
+    if grade != "sketch":
+        return "name an estimate with --max-of k2 --avg-of k3"
+    if all(cause.endswith("_kl") for cause in causes(reason)):
+        return "let the estimate of kl decide with --on-estimate"
+    return "go by the estimate of kl, since tv has none: --max-of kl --on-estimate"

@@ -135,13 +135,20 @@ def filter_scores(
     return result
 
 
-def _say(criteria: Criteria, grades: set[str], runs: Iterable[Mapping[str, object]], watch: Progress) -> None:
+def _say(criteria: Criteria, grades: set[str], runs: Sequence[Mapping[str, object]], watch: Progress) -> None:
     """What decides, and which thresholds reject by the rounding of the scores."""
     floor = noise_floor(runs, limits(criteria, grades))
-    for line in describe(criteria, grades):
+    for line in describe(criteria, grades, _confidence(runs)):
         watch.note(line)
     for below in floor.below if floor is not None else ():
         watch.note(f"Warning: {below.sentence}")
+
+
+def _confidence(runs: Iterable[Mapping[str, object]]) -> float | None:
+    """The least at which the bounds of sketched rows hold, None where a run does not say."""
+    stated = [run.get("confidence") for run in runs]
+    known = [value for value in stated if isinstance(value, float)]
+    return min(known) if known and len(known) == len(stated) else None
 
 
 @dataclass

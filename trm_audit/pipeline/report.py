@@ -130,7 +130,7 @@ def report_options(
     **criteria: Any,
 ) -> ReportOptions:
     """Options with the criteria given one by one, as flags are; none of them is no criteria at all."""
-    given = any(value is not None for name, value in criteria.items() if name != "undecided")
+    given = any(value is not None and value is not False for name, value in criteria.items() if name != "undecided")
     chosen = Criteria(**criteria) if given else None
     return ReportOptions(chosen, horizon, reward_range, target_acceptance, tokenizer, allow_partial)
 
