@@ -1,176 +1,151 @@
-"""What sketches lose: their estimates and bounds beside the exact KL and TV of stored full logits and a checkpoint.
+"""What sketches lose: their estimates and bounds beside the exact KL and TV of full logits and a checkpoint.
 
-python -m bench.sketch_accuracy ROLLOUTS CHECKPOINT [SEEDS]
+python -m bench.sketch_accuracy ROLLOUTS CHECKPOINT
 
-ROLLOUTS is a folder of rollouts with their full logits beside them; those are compared as they are stored, the
-checkpoint's in float32 and at temperature 1. All rows are held in memory, 6 bytes a logit. With several seeds the
-misses are counted over all of them, the other figures are the first one's.
+Two data sets: the rollouts of the folder ROLLOUTS, with their full logits beside them, and ones sampled here from
+CHECKPOINT under noise. The evidence is that of `trm_audit.record`, as a shard holds it; bytes are those of a zstd
+Parquet file. Writes one file of `bench/results/sketches/`; `python -m bench.sketch_page` shows it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trm_audit.engine.checkpoint import find_checkpoint
-from trm_audit.engine.model import TrainerModel
-from trm_audit.numerics.divergences import divergences
-from trm_audit.numerics.sketch import Sketch, project_tail, sketch
-from trm_audit.numerics.sketch_bounds import SketchBounds, chi_square_factors, compare_sketch
-from trm_audit.shards.logits import StoredLogits
-from trm_audit.shards.read import find_shards
+from bench.measure import machine
+from bench.sketch_coverage import CONFIDENCE, HALF, OUT, limits, tail_distances
+from bench.sketch_material import Response, sampled, stored, true_distances
+from trm_audit.numerics.sketch import Sketch, sketch
+from trm_audit.numerics.sketch_bounds import SketchBounds, compare_sketch
+from trm_audit.record.evidence import Recipe, TokenEvidence, evidence
+from trm_audit.shards.sketches import sketch_columns
 
 GRID = ((20, 64), (20, 128), (64, 128), (64, 256))
-DELTAS = (0.02, 0.05, 0.1)
-UNDECIDED_AT = 0.05
-CONFIDENCE = 0.95
-HALF = 2.0**-11
-HEADINGS = (
-    "K, m",
-    "bytes a token",
-    "verdicts of the estimate that differ, max KL .02/.05/.1",
-    "estimate / exact, a sequence's max",
-    "TV upper / exact, a sequence's max, median",
-    "undecided at max KL .05",
-    "sequences whose interval missed",
-    "positions where a bound does not hold",
-)
+KL_DELTAS, TV_DELTAS = (0.02, 0.05, 0.1), (0.05, 0.1, 0.2)
+NOISE, SAMPLES, LENGTH = 0.02, 4, 48
+SINGLE = 2.0**-24
+SINGLE_LISTS = "rollout_topk_logprobs as float32"
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Response:
-    """A response under both policies, [T, V] each, and what is exact of it, [T] each."""
-
-    rollout: Tensor
-    trainer: Tensor
-    kl: Floats
-    tv: Floats
+def as_sketch(kept: TokenEvidence) -> Sketch:
+    """Evidence as the comparison takes it."""
+    return Sketch(kept.topk_ids, kept.topk_logprobs, kept.vectors, kept.tail_mass.double(), kept.entropy.double())
 
 
-@dataclass
-class Outcome:
-    """What one K and m came to.
-
-    Attributes:
-        exact, estimate, lower, upper: a sequence's largest KL, and what the sketch says of it.
-        tv, tv_upper: a sequence's largest TV, and its bound.
-        missed: sequences in which the interval of the tails' distance misses the truth at some position, all seeds.
-        violated: positions at which a bound of KL or TV does not hold, all seeds.
-        sequences, positions: how many there were, all seeds.
-    """
-
-    exact: list[float] = field(default_factory=list)
-    estimate: list[float] = field(default_factory=list)
-    lower: list[float] = field(default_factory=list)
-    upper: list[float] = field(default_factory=list)
-    tv: list[float] = field(default_factory=list)
-    tv_upper: list[float] = field(default_factory=list)
-    missed: int = 0
-    violated: int = 0
-    sequences: int = 0
-    positions: int = 0
-
-    def row(self, k: int, m: int) -> str:
-        """A line of the table."""
-        exact, estimate = np.array(self.exact), np.array(self.estimate)
-        differ = "/".join(str(int(((exact <= delta) != (estimate <= delta)).sum())) for delta in DELTAS)
-        ratio, tv = estimate / exact, np.median(np.divide(self.tv_upper, self.tv))
-        open_ = (np.array(self.lower) <= UNDECIDED_AT) & (np.array(self.upper) > UNDECIDED_AT)
-        return (
-            f"| {k}, {m} | {6 * k + 2 * m} | {differ} | {ratio.min():.2f}-{ratio.max():.2f} | {tv:.2f} "
-            f"| {open_.mean():.2f} | {self.missed} of {self.sequences} | {self.violated} of {self.positions} |"
-        )
+def compared(known: Sketch, one: Response, seed: int, step: float) -> SketchBounds:
+    """All positions of a response, which share the confidence."""
+    positions = np.full(len(one.kl), len(one.kl))
+    return compare_sketch(known, one.trainer, seed=seed, positions=positions, step=step, confidence=CONFIDENCE)
 
 
-def sequences(folder: Path, checkpoint: Path) -> Iterator[Response]:
-    """Rollouts that have full logits, one at a time through the model."""
-    model = TrainerModel(find_checkpoint(checkpoint), dtype="float32", sharing="alone")
-    for shard in find_shards([str(folder)], "rollouts").shards:
-        logits = StoredLogits(shard.logits)
-        for row in pq.read_table(shard.path, columns=["rollout_id", "prompt_ids", "response_ids"]).to_pylist():
-            length = len(row["response_ids"])
-            if row["rollout_id"] in logits and length:
-                ids = np.array(row["prompt_ids"] + row["response_ids"][:-1])
-                (states,) = model.hidden(model.steps([ids]), [ids])
-                trainer = model.logits(states[len(row["prompt_ids"]) - 1 :]).cpu()
-                rollout = logits.rows(row["rollout_id"], 0, length)[:, : trainer.shape[1]].clone()
-                exact = divergences(rollout.double(), trainer.double())
-                yield Response(rollout, trainer, exact.kl.numpy(), exact.tv.numpy())
+def sequence_figures(one: Response, recipe: Recipe) -> tuple[dict[str, float], TokenEvidence, Tensor]:
+    """The largest values of one response, what was kept of it, and its list's log-probabilities in float32."""
+    kept = evidence(one.rollout, torch.from_numpy(one.ids), recipe=recipe)
+    known = as_sketch(kept)
+    found = compared(known, one, recipe.seed, HALF)
+    wide = sketch(one.rollout, recipe.k, recipe.dim, recipe.seed)
+    single = compared(replace(known, topk_logprobs=wide.topk_logprobs), one, recipe.seed, SINGLE)
+    truth = true_distances(one, known.topk_ids)
+    missed = limits(known, tail_distances(known, one.trainer, recipe.seed), truth, len(one.kl))
+    lower, upper, tv_lower, tv_upper = (
+        getattr(found, name).numpy() for name in ("kl_lower", "kl_upper", "tv_lower", "tv_upper")
+    )
+    wrong = (one.kl < lower) | (one.kl > upper) | (one.tv < tv_lower) | (one.tv > tv_upper)
+    figures = {
+        "kl": one.kl.max(),
+        "tv": one.tv.max(),
+        "estimate": found.kl_estimate.max().item(),
+        "distance_missed": float(missed.any()),
+        "violated": float(wrong.sum()),
+        "tokens": float(len(one.kl)),
+    }
+    for name in ("kl_lower", "kl_upper", "tv_lower", "tv_upper"):
+        figures[name] = getattr(found, name).max().item()
+        figures[f"{name}_single"] = getattr(single, name).max().item()
+    return figures, kept, wide.topk_logprobs
 
 
-def true_distances(one: Response, ids: Tensor) -> Floats:
-    """||sqrt(p^) - sqrt(q^)||^2 of the tails outside some tokens, [T], in float64."""
-    p, q = (x.double().scatter(1, ids, -torch.inf).softmax(1).sqrt() for x in (one.rollout, one.trainer))
-    distances: Floats = (p - q).square().sum(1).numpy()
-    return distances
+def summary(figures: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """One line of the table."""
+    of = {name: np.array([one[name] for one in figures]) for name in figures[0]}
+    ratio = of["estimate"] / of["kl"]
+
+    def undecided(name: str, delta: float, suffix: str = "") -> float:
+        return float(((of[f"{name}_lower{suffix}"] <= delta) & (of[f"{name}_upper{suffix}"] > delta)).mean())
+
+    return {
+        "differ": [int(((of["kl"] <= d) != (of["estimate"] <= d)).sum()) for d in KL_DELTAS],
+        "estimate": [ratio.min(), ratio.max()],
+        "tv_upper": float(np.median(of["tv_upper"] / of["tv"])),
+        "tv_upper_single": float(np.median(of["tv_upper_single"] / of["tv"])),
+        "kl_width": float(np.median((of["kl_upper"] - of["kl_lower"]) / of["kl"])),
+        "kl_width_single": float(np.median((of["kl_upper_single"] - of["kl_lower_single"]) / of["kl"])),
+        "kl_undecided": [undecided("kl", d) for d in KL_DELTAS],
+        "tv_undecided": [undecided("tv", d) for d in TV_DELTAS],
+        "distance_missed": int(of["distance_missed"].sum()),
+        "violated": int(of["violated"].sum()),
+    }
 
 
-def interval_misses(one: Response, known: Sketch, truth: Floats, seed: int) -> bool:
-    """Whether the chi-square's interval misses the true distance at some position of a sequence."""
-    m = known.vector.shape[1]
-    tail = project_tail(one.trainer, known.topk_ids, m, seed)
-    unit = known.vector.double() / known.tail_mass.sqrt()[:, None]
-    distance, rounding = (unit - tail.vector).norm(dim=1).numpy(), HALF * unit.norm(dim=1).numpy()
-    low, high = chi_square_factors(m, np.full(len(truth), len(truth)), CONFIDENCE)
-    least, most = np.maximum(distance - rounding, 0) ** 2 * low, (distance + rounding) ** 2 * high
-    return bool(((truth < least) | (truth > np.minimum(most, 2))).any())
+def bytes_a_token(kept: Sequence[TokenEvidence], single: Sequence[Tensor]) -> dict[str, float]:
+    """By column of a shard with one row a response: zstd Parquet, lists as float16 and beside it as float32."""
+    lists = pa.array([list(values.numpy()) for values in single], pa.list_(pa.list_(pa.float32())))
+    masks = [np.ones(len(one), dtype=np.bool_) for one in kept]
+    columns = sketch_columns([one.numpy() for one in kept], masks)
+    columns[SINGLE_LISTS] = lists
+    tokens, found = sum(len(one) for one in kept), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, column in columns.items():
+            if pa.types.is_nested(column.type) or pa.types.is_large_binary(column.type):
+                file = Path(folder) / "column.parquet"
+                pq.write_table(pa.table({name: column}), file, compression="zstd")
+                chunks = pq.read_metadata(file).row_group(0)
+                sizes = [chunks.column(i).total_compressed_size for i in range(chunks.num_columns)]
+                found[name] = sum(sizes) / tokens
+    return found
 
 
-def look(outcome: Outcome, one: Response, found: SketchBounds, *, first: bool) -> None:
-    """Adds what the bounds of a sequence say."""
-    lower, upper, tv_upper = (x.numpy() for x in (found.kl_lower, found.kl_upper, found.tv_upper))
-    wrong = (one.kl < lower) | (one.kl > upper) | (one.tv < found.tv_lower.numpy()) | (one.tv > tv_upper)
-    outcome.violated += int(wrong.sum())
-    outcome.positions += len(wrong)
-    outcome.sequences += 1
-    if first:
-        outcome.exact.append(one.kl.max())
-        outcome.estimate.append(found.kl_estimate.max().item())
-        outcome.lower.append(lower.max())
-        outcome.upper.append(upper.max())
-        outcome.tv.append(one.tv.max())
-        outcome.tv_upper.append(tv_upper.max())
-
-
-def measure(data: Sequence[Response], k: int, m: int, seeds: int) -> Outcome:
-    """One K and m over all sequences, log-probabilities stored as float16."""
-    out = Outcome()
-    truth = [true_distances(one, sketch(one.rollout, k, 64, 0).topk_ids) for one in data]
-    for seed in range(1, seeds + 1):
-        for one, distances in zip(data, truth, strict=True):
-            made = sketch(one.rollout, k, m, seed)
-            known = replace(made, topk_logprobs=made.topk_logprobs.half())
-            found = compare_sketch(
-                known,
-                one.trainer,
-                seed=seed,
-                positions=np.full(len(one.kl), len(one.kl)),
-                step=HALF,
-                confidence=CONFIDENCE,
-            )
-            look(out, one, found, first=seed == 1)
-            out.missed += interval_misses(one, known, distances, seed)
-    return out
-
-
-def main(folder: str, checkpoint: str, seeds: str = "1") -> None:
-    """Prints the table."""
-    data = list(sequences(Path(folder), Path(checkpoint)))
-    print(f"{len(data)} sequences, {sum(len(one.kl) for one in data)} tokens, {seeds} seeds, confidence {CONFIDENCE}")
-    print("".join(f"| {name} " for name in HEADINGS) + "|")
-    print("|---" * len(HEADINGS) + "|")
+def measure(name: str, data: Sequence[Response]) -> dict[str, Any]:
+    """One data set at all K and m."""
+    kl, tv = (np.concatenate([getattr(one, part) for one in data]) for part in ("kl", "tv"))
+    lines = []
     for k, m in GRID:
-        print(measure(data, k, m, int(seeds)).row(k, m), flush=True)
+        figures, kept, single = zip(*(sequence_figures(one, Recipe(k, m)) for one in data), strict=True)
+        lines.append({"k": k, "m": m} | summary(figures) | {"bytes": bytes_a_token(kept, single)})
+    return {
+        "name": name,
+        "sequences": len(data),
+        "tokens": len(kl),
+        "vocab_size": data[0].trainer.shape[1],
+        "kl": {"mean": kl.mean(), "max": kl.max()},
+        "tv": {"mean": tv.mean(), "max": tv.max()},
+        "grid": lines,
+    }
+
+
+def main(folder: str, checkpoint: str) -> None:
+    """Measures, and writes the file."""
+    given = measure(Path(folder).name, list(stored(Path(folder), Path(checkpoint))))
+    made = measure(
+        f"{Path(checkpoint).name} under noise of {NOISE:.0%}", list(sampled(Path(checkpoint), NOISE, SAMPLES, LENGTH))
+    )
+    found = {"confidence": CONFIDENCE, "sets": [given, made], "machine": machine(torch.device("cpu"))}
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

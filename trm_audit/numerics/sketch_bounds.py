@@ -239,14 +239,15 @@ def _least_ratio(listed: _Masses, bucket: _Masses, tail: Tail) -> Tensor:
 
 
 def _tv(listed: _Masses, bucket: _Masses, gap: _TailGap) -> tuple[Tensor, Tensor]:
-    """Lower bound, upper bound."""
+    """Lower bound, upper bound, which is never below what is certain."""
     certain = (listed.distance - listed.doubt).clamp(min=0).sum(1)
     certain = certain + (bucket.distance - bucket.doubt)[:, 0].clamp(min=0)
     most_r, most_s = bucket.most_p[:, 0], (bucket.log_q + bucket.reach_q)[:, 0].exp()
     whole, h, g = most_r + most_s, gap.h_high, torch.minimum(gap.g_high, most_r + most_s)
     moved = (bucket.distance + bucket.doubt)[:, 0] + torch.minimum(most_r, most_s) * (h * (4 - h)).sqrt()
     apart = torch.minimum(torch.minimum(whole, moved), (g * (2 * whole - g)).sqrt())
-    return certain / 2, ((listed.distance + listed.doubt).sum(1) / 2 + apart / 2).clamp(max=1)
+    upper = ((listed.distance + listed.doubt).sum(1) / 2 + apart / 2).clamp(max=1)
+    return certain / 2, torch.maximum(upper, certain / 2)
 
 
 def _hellinger2(listed: _Masses, gap: _TailGap) -> Tensor:
