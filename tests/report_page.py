@@ -34,6 +34,7 @@ from trm_audit.report.summary import (
     AcceptanceCurves,
     AuditSummary,
     BoundsBlock,
+    BoundWidths,
     Category,
     CategoryDivergence,
     CombinedAcceptance,
@@ -294,6 +295,13 @@ def parts(hostile: tuple[str, ...]) -> dict[str, object]:
     }
 
 
+def widths(scale: float, num_tokens: int, n: int) -> tuple[dict[str, Quantiles], dict[str, Quantiles]]:
+    """Of tokens, and of the sequences' maxima."""
+    names = ("kl_width", "tv_width")
+    largest = {f"seq_max_{name}": quantiles(2 * scale, n) for name in names}
+    return {name: quantiles(scale, num_tokens) for name in names}, largest
+
+
 def full_summary(hostile: tuple[str, ...] = HOSTILE) -> AuditSummary:
     """A summary with every block filled.
 
@@ -323,6 +331,10 @@ def full_summary(hostile: tuple[str, ...] = HOSTILE) -> AuditSummary:
         tokens={name: quantiles(0.05, 5019) for name in ("kl", "tv", "k2", "k3", "abs_log_ratio", "ratio")},
         sequences={
             f"seq_{k}_{d}": quantiles(1.0, 400) for k in ("max", "mean", "sum") for d in ("kl", "k2", "k3", "tv")
+        },
+        bound_widths={
+            "sketch": BoundWidths(0.95, {"64": 41}, {"1": 40, "7": 1}, *widths(0.03, 601, 41)),
+            "interval": BoundWidths(None, {}, {}, *widths(2.5, 702, 43)),
         },
         **acceptance(),  # type: ignore[arg-type]
         d_max={"seq_max_kl": 31.4159, "seq_max_tv": 0.99},

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from trm_audit.numerics.ragged import Floats
 from trm_audit.rollout import DIVERGENCES, TOKEN_SCORES
 
 Row = dict[str, Any]
@@ -100,7 +101,26 @@ def _random_row(rng: np.random.Generator, index: int, grade: str, groups: int) -
     if grade == "interval":
         row |= {"kl_lower": (kl * 0.5).tolist(), "kl_upper": (kl * 2).tolist()}
         row |= {"tv_lower": (tv * 0.5).tolist(), "tv_upper": np.minimum(tv * 2, 1).tolist()}
+    if grade == "sketch":
+        row |= _sketched(rng, kl, tv)
     return row
+
+
+def _sketched(rng: np.random.Generator, kl: Floats, tv: Floats) -> Row:
+    """What a sketch of m = 64 says of these divergences: an estimate between bounds that hold."""
+    estimate = kl * np.exp(rng.normal(0, 0.1, len(kl)))
+    lower, upper = 0.7 * np.minimum(kl, estimate), 1.5 * np.maximum(kl, estimate)
+    return {
+        "kl_estimate": estimate.tolist(),
+        "hellinger2": (estimate / 2).tolist(),
+        "kl_lower": lower.tolist(),
+        "kl_upper": upper.tolist(),
+        "tv_lower": (tv * 0.8).tolist(),
+        "tv_upper": np.minimum(tv * 1.1, 1).tolist(),
+        "rollout_entropy": rng.exponential(1, len(kl)).tolist(),
+        "sketch_dim": 64,
+        "sketch_seed": 1,
+    }
 
 
 def _masked(row: Row, name: str) -> list[float | None] | None:

@@ -37,7 +37,9 @@ SOURCES = {"rollout_probability": ("rollout_logprobs",), "entropy": ("rollout_en
 def rows_with_everything(seed: int = 0, count: int = 20, num_ids: int = 40) -> list[Row]:
     """Rows of all grades, in any order, with every per-token column; some lists null."""
     rng = np.random.default_rng(seed)
-    rows = [row for grade in ("exact", "interval", "sampled") for row in random_rows(rng, count, grade, groups=30)]
+    rows = [
+        row for grade in ("exact", "sketch", "interval", "sampled") for row in random_rows(rng, count, grade, groups=30)
+    ]
     for row in rows:
         length = len(row["response_mask"])
         row["response_ids"] = rng.integers(0, num_ids, length).tolist()
@@ -277,11 +279,11 @@ def test_an_absent_column_takes_only_its_own_figures_away(axis: Axis, missing: s
         assert_same(got.divergences, {k: v for k, v in full.divergences.items() if k not in lost})
 
 
-@pytest.mark.parametrize("grades", ["exact", "interval", "sampled", "mixed"])
+@pytest.mark.parametrize("grades", ["exact", "sketch", "interval", "sampled", "mixed"])
 def test_the_token_ids_are_those_with_the_largest_sums_of_a_loop(grades: str) -> None:
     rows = [row for row in rows_with_everything() if grades in ("mixed", row["grade"])]
     everyone = list(tokens_of(rows))
-    name = "kl" if grades in ("exact", "mixed") else "k3"
+    name = {"exact": "kl", "mixed": "kl", "sketch": "kl_estimate"}.get(grades, "k3")
     by_id: dict[int, list[dict[str, Any]]] = {}
     for token in everyone:
         if token["id"] is not None:

@@ -33,11 +33,14 @@ SCHEMAS = Path(__file__).parents[1] / "schemas"
 Audit = tuple[SummaryBuilder, AuditSummary]
 
 
+SCALED = ("log_ratio", "kl", "kl_reverse", "kl_estimate")
+
+
 def rows_of(seed: int, scale: float = 1.0, grade: str = "exact", groups: int = 30) -> list[Row]:
     """120 rows whose divergences are `scale` times as large."""
     rows = random_rows(np.random.default_rng(seed), 120, grade, groups)
     for row in rows:
-        row |= {name: [scale * v for v in row[name]] for name in ("log_ratio", "kl", "kl_reverse") if name in row}
+        row |= {name: [scale * v for v in row[name]] for name in SCALED if name in row}
     return rows
 
 
@@ -181,16 +184,17 @@ def test_batches_and_builders_do_not_matter(parts: int) -> None:
         (5.0, "exact", "B is further from the trainer than A: mean_kl is", "which excludes 0"),
         (0.4, "exact", "B is nearer to the trainer than A: mean_kl is", "which excludes 0"),
         (1.0, "exact", "No difference is shown: mean_kl is", "which contains 0"),
+        (5.0, "sketch", "B is further from the trainer than A: mean_kl_estimate is", "which excludes 0"),
         (2.0, "sampled", "B is further from the trainer than A: mean_k3 is", "which excludes 0"),
         (2.0, "interval", "B is further from the trainer than A: mean_k3 is", "which excludes 0"),
     ],
-    ids=["further", "nearer", "same", "further-sampled", "further-interval"],
+    ids=["further", "nearer", "same", "further-sketch", "further-sampled", "further-interval"],
 )
 def test_the_verdict_says_who_is_further_from_the_trainer(scale: float, grade: str, says: str, excludes: str) -> None:
     found = compared(known(0, 1.0, grade, delta=0.05), known(1, scale, grade, delta=0.05))
     assert found.verdict.startswith(says)
     assert excludes in found.verdict
-    decisive = found.differences["mean_kl" if grade == "exact" else "mean_k3"]
+    decisive = found.differences[{"exact": "mean_kl", "sketch": "mean_kl_estimate"}.get(grade, "mean_k3")]
     assert f"{decisive.low:.4g} to {decisive.high:.4g}" in found.verdict
     assert f"A keeps {percent(found.differences['acceptance'].a)}" in found.verdict
 
@@ -330,7 +334,7 @@ def test_the_json_is_what_the_schema_says() -> None:
         json.loads((SCHEMAS / f"{name}.schema.json").read_text("utf-8")) for name in ("report", "comparison")
     )
     registry: Registry[Any] = Registry().with_resource("report.schema.json", Resource.from_contents(report))
-    found = compared(known(0, delta=0.05), known(1, grade="interval", delta=0.05))
+    found = compared(known(0, delta=0.05), known(1, grade="sketch", delta=0.05))
     document = json.loads(found.to_json())
     jsonschema.Draft202012Validator(schema, registry=registry).validate(document)
     assert document["a"] == json.loads(found.a.to_json())
@@ -360,7 +364,7 @@ def test_gates_can_name_differences_and_both_reports() -> None:
     ]
 
 
-@pytest.mark.parametrize("grade", ["exact", "interval", "sampled"])
+@pytest.mark.parametrize("grade", ["exact", "sketch", "interval", "sampled"])
 def test_the_terminal_shows_the_differences_within_eighty_columns(grade: str) -> None:
     found = compared(known(0, 1e-6, grade, delta=0.05), known(1, 1e-5, grade, delta=0.05))
     text = printed(found)

@@ -22,7 +22,8 @@ from trm_audit.report.columns import ScoreBatch
 from trm_audit.report.deltas import DELTAS, FINE_DELTAS, MARKED, MOST_ROWS, DeltaTotals
 from trm_audit.report.summary import Thresholds
 
-GRADES = ("exact", "interval", "sampled")
+GRADES = ("exact", "sketch", "interval", "sampled")
+KL = ("kl", "kl_estimate", "kl_lower", "kl_upper")
 STATISTIC = {"max": max, "sum": math.fsum, "mean": lambda values: math.fsum(values) / len(values)}
 
 
@@ -121,7 +122,7 @@ def test_neither_batches_nor_halves_nor_order_matter(thresholds: Thresholds) -> 
     batch = score_batch(rows)
     whole = said(totals(batch, thresholds=thresholds))
     # WHEN they come in batches of uneven size, one of them empty
-    parts = [batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 18, 70, 120, 180))]
+    parts = [batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 18, 70, 120, 240))]
     assert said(totals(*parts, thresholds=thresholds)) == whole
     # THEN nothing changes, nor by adding totals of their own in any order
     separate = [totals(part, thresholds=thresholds) for part in parts]
@@ -149,23 +150,28 @@ def test_the_papers_thresholds_are_rows_where_it_has_some_and_the_users_where_th
         assert table.marked == MARKED.get(name, [])
         assert set(table.marked) <= set(deltas)
         assert deltas == sorted(set(deltas))
-    assert {"seq_max_kl", "seq_max_k2", "seq_mean_kl", "seq_mean_k3"} <= {n for n, t in tables.items() if t.marked}
+    assert {"seq_max_kl", "seq_max_kl_estimate", "seq_max_k2", "seq_mean_kl", "seq_mean_k3"} <= {
+        n for n, t in tables.items() if t.marked
+    }
     assert not {"seq_max_tv", "seq_max_k3", "seq_sum_kl"} & {n for n, t in tables.items() if t.marked}
     own = {name for name, table in tables.items() if {0.0123, 3e-7, 70.0} & {row.delta for row in table.rows}}
-    assert own == {"seq_max_k2", "seq_mean_kl", "seq_mean_kl_lower", "seq_mean_kl_upper", "seq_sum_k3"}
+    assert own == {"seq_max_k2", "seq_sum_k3", *(f"seq_mean_{name}" for name in KL)}
 
 
 def test_a_threshold_without_a_divergence_belongs_to_kl_and_to_the_sampled_default() -> None:
     tables = totals(score_batch(rows_with_rewards()), thresholds=Thresholds(0.0123, None, 0.0077)).tables()
     with_max = {name for name, table in tables.items() if 0.0123 in {row.delta for row in table.rows}}
     with_mean = {name for name, table in tables.items() if 0.0077 in {row.delta for row in table.rows}}
-    assert with_max == {"seq_max_kl", "seq_max_kl_lower", "seq_max_kl_upper", "seq_max_k2"}
-    assert with_mean == {"seq_mean_kl", "seq_mean_kl_lower", "seq_mean_kl_upper", "seq_mean_k3"}
+    assert with_max == {"seq_max_k2", *(f"seq_max_{name}" for name in KL)}
+    assert with_mean == {"seq_mean_k3", *(f"seq_mean_{name}" for name in KL)}
 
 
 def test_only_the_main_statistics_have_tables_unless_a_criterion_is_on_another() -> None:
     batch = score_batch(rows_with_rewards())
-    assert not {"seq_mean_tv", "seq_max_kl_reverse"} & set(totals(batch).tables())
+    tables = totals(batch).tables()
+    assert not {"seq_mean_tv", "seq_max_kl_reverse"} & set(tables)
+    # the certified TV is what a sketch is best at
+    assert {"seq_max_tv", "seq_max_tv_lower", "seq_max_tv_upper"} <= set(tables)
     given = Thresholds(delta_max=0.03, max_of="kl_reverse", delta_avg=0.03, avg_of="tv")
     assert {"seq_mean_tv", "seq_max_kl_reverse"} <= set(totals(batch, thresholds=given).tables())
 

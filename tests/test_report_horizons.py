@@ -22,12 +22,12 @@ from trm_audit.report.totals import EVIDENCE, DivergenceTotals, evidence_rows, m
 
 Totals = dict[tuple[str, str], DivergenceTotals]
 
-GRADES = ("exact", "interval", "sampled")
-TV_TOKEN = {"exact": "tv", "interval": "tv_upper", "sampled": "ratio"}
-TV_MAX = {"exact": "tv", "interval": "tv_upper", "sampled": None}
-KL_MAX = {"exact": "kl", "interval": "kl_upper", "sampled": "k2"}
-KL_SEQ = {"exact": "kl", "interval": "kl_upper", "sampled": "k3"}
-SUFFIX = {"exact": "", "interval": "_upper", "sampled": "_estimate"}
+GRADES = ("exact", "sketch", "interval", "sampled")
+TV_TOKEN = {"exact": "tv", "sketch": "tv_upper", "interval": "tv_upper", "sampled": "ratio"}
+TV_MAX = {"exact": "tv", "sketch": "tv_upper", "interval": "tv_upper", "sampled": None}
+KL_MAX = {"exact": "kl", "sketch": "kl_upper", "interval": "kl_upper", "sampled": "k2"}
+KL_SEQ = {"exact": "kl", "sketch": "kl_upper", "interval": "kl_upper", "sampled": "k3"}
+SUFFIX = {"exact": "", "sketch": "_upper", "interval": "_upper", "sampled": "_estimate"}
 
 
 def mixed_rows(count: int = 40) -> list[Row]:
@@ -126,12 +126,12 @@ def test_evidence_whose_rows_lack_per_token_values_has_no_curve() -> None:
     # GIVEN no list of the exact KL, and one row without its list of log ratios
     batch = score_batch(rows, without=["kl"])
     found = bound_curves(evidence(batch), counts(len(rows), 50), 1.0)
-    assert [*found] == ["interval", "sampled"]
+    assert [*found] == ["sketch", "interval", "sampled"]
     lists = batch.column("log_ratio").to_pylist()
     lists[next(at for at, row in enumerate(rows) if any(row["response_mask"]))] = None
     at = batch.schema.get_field_index("log_ratio")
     holed = batch.set_column(at, "log_ratio", pa.array(lists, pa.list_(pa.float64())))
-    assert [*bound_curves(evidence(holed), counts(len(rows), 50), 1.0)] == ["interval"]
+    assert [*bound_curves(evidence(holed), counts(len(rows), 50), 1.0)] == ["sketch", "interval"]
 
 
 def test_without_tv_by_position_curve_and_block_take_eps_everywhere() -> None:
@@ -169,7 +169,7 @@ def test_an_infinite_divergence_makes_bounds_infinite_or_capped_and_does_not_war
 def test_neither_batches_nor_halves_matter() -> None:
     rows = sorted(mixed_rows(), key=lambda row: row["grade"])
     batch, data = score_batch(rows), counts(len(rows), 50)
-    parts = [batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 18, 70, 120))]
+    parts = [batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 18, 70, 160))]
     whole = bound_curves(evidence(batch), data, 1.0)
     separate = [evidence(part) for part in parts]
     for totals in (evidence(*parts), reduce(merged, separate), reduce(merged, separate[::-1])):

@@ -29,6 +29,7 @@ from trm_audit.report.shown import SHADES, number, percent, shade, visible, visi
 from trm_audit.report.summary import AuditSummary, CombinedAcceptance, Counts, Thresholds
 
 ALL_FIGURES = 19
+KL = ("kl", "kl_estimate", "kl_lower", "kl_upper")
 HERE = Path(__file__).parent
 VOID = {"meta", "br", "path", "use"}
 NUMBER = re.compile(r"(?<![\w.+-])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\w)")
@@ -278,6 +279,13 @@ def test_thresholds_of_the_paper_and_of_the_criteria_are_named_in_the_tables(htm
     assert '<th scope="row">0.002 <small>yours</small></th>' in html
 
 
+def test_widths_of_the_bounds_stand_apart_by_grade_with_what_they_are_worth(html: str) -> None:
+    for grade, sure in (("sketch", "at 95 % confidence"), ("interval", "rigorous")):
+        _, _, table = html.partition(f"<h3>Width of the bounds ({grade})</h3>")
+        assert sure in table.partition("<table>")[0]
+        assert table.partition("</table>")[0].count("_width</th>") == 4
+
+
 def test_the_ring_is_at_the_thresholds_of_the_criteria_where_they_are_of_these_divergences(html: str) -> None:
     assert "seq_max_kl up to 0.05 and seq_mean_kl up to 0.002 together" in html
     assert "seq_max_k2 up to 0.05 and seq_mean_k3 up to 0.001 together" in html
@@ -293,11 +301,11 @@ def test_the_ring_is_at_the_thresholds_of_the_criteria_where_they_are_of_these_d
         ),
         (
             Thresholds(delta_max=0.1),
-            {"seq_max_kl": 0.1, "seq_max_kl_lower": 0.1, "seq_max_kl_upper": 0.1, "seq_max_k2": 0.1},
+            {"seq_max_k2": 0.1, **{f"seq_max_{name}": 0.1 for name in KL}},
         ),
         (
             Thresholds(delta_avg=0.1, delta_total=2.0, avg_of="k3", total_of="kl"),
-            {"seq_mean_k3": 0.1, "seq_sum_kl": 2, "seq_sum_kl_lower": 2, "seq_sum_kl_upper": 2},
+            {"seq_mean_k3": 0.1, **{f"seq_sum_{name}": 2 for name in KL}},
         ),
     ],
     ids=["none", "named", "by grade", "mean and total"],
@@ -421,7 +429,7 @@ def test_the_farthest_cell_of_the_density_is_named() -> None:
 def test_a_page_of_a_real_audit_says_what_the_summary_says() -> None:
     rng = np.random.default_rng(7)
     builder = SummaryBuilder(full_summary(("x", "y", "z")).thresholds)
-    for grade in ("exact", "interval", "sampled"):
+    for grade in ("exact", "sketch", "interval", "sampled"):
         builder.add(score_batch(random_rows(rng, 60, grade)))
     summary = builder.finish()
     page = Page(render_html(summary))

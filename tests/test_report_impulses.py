@@ -23,7 +23,7 @@ from trm_audit.report.columns import ScoreBatch
 from trm_audit.report.impulses import DETECTORS, MAX_STALENESS, Detector, ImpulseTotals
 
 SAMPLE_DATA = Path(__file__).parents[1] / "sample_data"
-FIGURES = {"kl": (0.01, 10), "kl_lower": (0.01, 10), "k3": (0.01, 100)}
+FIGURES = {"kl": (0.01, 10), "kl_estimate": (0.01, 10), "kl_lower": (0.01, 10), "k3": (0.01, 100)}
 
 
 @cache
@@ -106,8 +106,9 @@ def test_impulses_are_those_of_a_loop_over_the_tokens(name: str, parts: int) -> 
 
 
 def test_the_best_divergence_that_occurs_anywhere_is_used() -> None:
-    # GIVEN some rows with kl, some with a lower bound of it, and some with a sampled token only
-    grades = [spiky_rows(1, 20, ("kl",)), spiky_rows(2, 20, ("kl_lower",)), spiky_rows(3, 20, ())]
+    # GIVEN some rows with kl, some with a lower bound of it, some with a sampled token only, and sketched ones
+    names = [("kl",), ("kl_lower",), (), ("kl_lower", "kl_estimate")]
+    grades = [spiky_rows(seed, 20, of) for seed, of in enumerate(names, 1)]
     totals = [fed(rows) for rows in grades]
     # THEN together they speak of kl, in any order, and without those rows of the next best
     for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
@@ -115,6 +116,7 @@ def test_the_best_divergence_that_occurs_anywhere_is_used() -> None:
         assert together.divergence == "kl"
         assert_share(together.all, None, grades[0], "kl")
     assert_share(finished(totals[2] + totals[1]).all, None, grades[1], "kl_lower")
+    assert_share(finished(totals[2] + totals[1] + totals[3]).all, None, grades[3], "kl_estimate")
     assert [detector.divergence for detector in DETECTORS] == list(FIGURES)
 
 

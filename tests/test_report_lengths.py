@@ -45,7 +45,7 @@ def looped(rows: list[Row], name: str, delta: float, low: int, high: int) -> tup
     return len(values), sum(value <= delta for value in values) / len(values) if values else None
 
 
-@pytest.mark.parametrize("grade", ["exact", "interval", "sampled"])
+@pytest.mark.parametrize("grade", ["exact", "sketch", "interval", "sampled"])
 def test_every_bin_of_every_curve_equals_a_loop_over_the_rows(grade: str) -> None:
     rows = some_rows(grade)
     found = by_length(score_batch(rows))
@@ -55,9 +55,9 @@ def test_every_bin_of_every_curve_equals_a_loop_over_the_rows(grade: str) -> Non
         assert found.n == [n for n, _ in expected]
         assert curve.share_kept == [share for _, share in expected]
     divergences = [curve.statistic for curve in found.curves]
-    assert divergences == (
-        ["seq_max_kl", "seq_mean_kl", "seq_sum_kl"] if grade == "exact" else ["seq_max_k2", "seq_mean_k3", "seq_sum_k3"]
-    )
+    whole = {"exact": "kl", "sketch": "kl_estimate"}.get(grade)
+    names = (whole, whole, whole) if whole else ("k2", "k3", "k3")
+    assert divergences == [f"seq_{kind}_{name}" for kind, name in zip(("max", "mean", "sum"), names, strict=True)]
 
 
 def test_a_length_that_no_sequence_has_is_unknown_not_zero() -> None:

@@ -17,16 +17,16 @@ from trm_audit.report.columns import ScoreBatch
 from trm_audit.report.metrics import DEFINITIONS, NUM_BUCKETS, MetricTotals, statistics
 
 SAMPLED = {name for name in DEFINITIONS if name not in ("mean_kl", "mean_kl_reverse", "acceptance")} - {
-    f"mean_{name}" for name in ("tv", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
+    f"mean_{name}" for name in ("tv", "kl_estimate", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
 }
-LISTS = ("log_ratio", "kl", "kl_reverse", "tv", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
+LISTS = ("log_ratio", "kl", "kl_reverse", "tv", "kl_estimate", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
 FROM_LISTS = {"mean_exp_abs_log_ratio", "ess_token", "chi2_token"}
 FROM_PROBABILITIES = {"mean_abs_probability_difference", "rollout_perplexity", "trainer_perplexity"}
 
 
 def rows_with_probabilities(rng: np.random.Generator, count: int = 60) -> list[Row]:
-    """Half exact, half interval rows, in five groups of each, with the log-probabilities behind `log_ratio`."""
-    rows = random_rows(rng, count // 2, "exact") + random_rows(rng, count // 2, "interval")
+    """A third exact, sketched, interval rows each, five groups of each, with the log-probabilities of `log_ratio`."""
+    rows = [row for grade in ("exact", "sketch", "interval") for row in random_rows(rng, count // 3, grade)]
     for row in rows:
         row["group_id"] = row["grade"] + row["group_id"]
         row["rollout_logprobs"] = (-rng.exponential(1, len(row["log_ratio"]))).tolist()
@@ -327,7 +327,7 @@ def test_the_weights_of_sequences_are_compared_across_scales_that_float64_cannot
 
 def test_rollouts_of_one_group_are_one_cluster() -> None:
     rows = rows_with_probabilities(np.random.default_rng(12))
-    assert totals_of(score_batch(rows)).finish()["mean_k3"].clusters == 10
+    assert totals_of(score_batch(rows)).finish()["mean_k3"].clusters == 15
     alone = totals_of(score_batch(rows, without=["group_id"])).finish()["mean_k3"]
     assert alone.clusters == sum(any(row["response_mask"]) for row in rows)
     unnamed = totals_of(score_batch(rows, without=["group_id", "rollout_id"])).finish()["mean_k3"]

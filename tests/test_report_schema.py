@@ -40,7 +40,7 @@ def report(grades: tuple[str, ...], without: tuple[str, ...] = (), decide: bool 
 
 
 CASES = {
-    "every grade": report(("exact", "interval", "sampled")),
+    "every grade": report(("exact", "sketch", "interval", "sampled")),
     "exact with an infinite divergence": report(("exact",)),
     "sampled, nothing decided": report(("sampled",), decide=False),
     "no groups, no rewards": report(("exact",), ("group_id", "reward", "engine", "policy_version")),
@@ -49,6 +49,7 @@ CASES = {
     "below the noise floor": report(("sampled",), runs=[run_with_floor()], limits=[("seq_max_k2", 0.0)]),
     "an infinite noise floor": report(("sampled",), runs=[run_with_floor(kl_max=math.inf)], limits=[("seq_max_kl", 1)]),
     "noise in one comparison": report(("exact",), runs=[run_with_floor(composition=None)]),
+    "sketches at a stated confidence": report(("sketch",), runs=[{"dtype": "float32", "confidence": 0.99}]),
     "noise not measured": report(("exact",), runs=[{"dtype": "bfloat16", "noise_floor": None}]),
 }
 
@@ -68,7 +69,9 @@ def test_every_report_fits_the_schema(case: str) -> None:
     [
         (("surprise",), 1),
         (("counts", "surprise"), 1),
-        (("schema_version",), 1),
+        (("schema_version",), 2),
+        (("bound_widths", "sampled"), {}),
+        (("bound_widths", "sketch", "tokens", "kl"), {}),
         (("acceptance",), 1.5),
         (("sequences", "seq_max_surprise"), {}),
         (("bounds", "all", "sampled", "bounds", "mixed_bound"), {"published": 1.0, "sharp": 0.5}),
@@ -110,6 +113,7 @@ DEFINITIONS = {
     "below_floor": noise.BelowFloor,
     "counts": tree.Counts,
     "quantiles": tree.Quantiles,
+    "bound_widths": tree.BoundWidths,
     "curve": tree.Curve,
     "combined": tree.CombinedAcceptance,
     "interval": MeanInterval,

@@ -23,7 +23,7 @@ from trm_audit.numerics.histogram import RELATIVE_ERROR
 from trm_audit.report.builder import SummaryBuilder
 from trm_audit.report.summary import AuditSummary, Thresholds
 
-GRADES = ("exact", "interval", "sampled")
+GRADES = ("exact", "sketch", "interval", "sampled")
 
 
 def mixed_rows(seed: int = 0, count: int = 40) -> list[Row]:
@@ -54,10 +54,10 @@ def test_counts_are_those_of_the_rows() -> None:
     rows = mixed_rows()
     counts = summarize(score_batch(rows), num_skipped=3).counts
     lengths = [sum(row["response_mask"]) for row in rows]
-    assert counts.n_total == 120
+    assert counts.n_total == 160
     assert counts.grades == dict.fromkeys(GRADES, 40)
     assert list(counts.grades) == list(GRADES)
-    assert counts.audited_policies == {"sampling": 120}
+    assert counts.audited_policies == {"sampling": 160}
     assert counts.num_tokens == sum(lengths)
     assert counts.num_without_policy_tokens == lengths.count(0) > 0
     assert counts.num_disagreements == sum(row["num_disagreements"] for row in rows)
@@ -132,7 +132,7 @@ def test_batches_and_builders_in_any_order_give_the_same_report() -> None:
     # GIVEN all rows at once, and in parts of uneven size through builders of their own (one of them empty)
     whole_batch = keeping_small_k2(score_batch(rows))
     whole = summarize(whole_batch, builder=fresh()).to_dict()
-    parts = [whole_batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 19, 70, 120, 120))]
+    parts = [whole_batch.slice(a, b - a) for a, b in itertools.pairwise((0, 1, 18, 19, 70, 160, 160))]
     builders = []
     for part in parts:
         builders.append(fresh())
@@ -168,7 +168,7 @@ def test_combined_acceptance_is_exact_at_every_pair_of_thresholds() -> None:
     empty = sum(1 for row in rows if not any(row["response_mask"]))
     builder = SummaryBuilder(Thresholds(max_of="abs_log_ratio", avg_of="k3"))
     combined = {(c.max_of, c.avg_of): c for c in summarize(score_batch(rows), builder=builder).acceptance_combined}
-    assert set(combined) == {("kl", "kl"), ("k2", "k3"), ("abs_log_ratio", "k3")}
+    assert set(combined) == {("kl", "kl"), ("kl_estimate", "kl_estimate"), ("k2", "k3"), ("abs_log_ratio", "k3")}
     for (max_of, avg_of), found in combined.items():
         pairs = list(zip(column(rows, "max", max_of), column(rows, "mean", avg_of), strict=True))
         assert found.n == len(pairs) + empty
@@ -179,6 +179,7 @@ def test_combined_acceptance_is_exact_at_every_pair_of_thresholds() -> None:
 
 EVIDENCE = {
     "exact": ("kl", "kl", "tv", "tv", ""),
+    "sketch": ("kl_upper", "kl_upper", "tv_upper", "tv_upper", "_upper"),
     "interval": ("kl_upper", "kl_upper", "tv_upper", "tv_upper", "_upper"),
     "sampled": ("k2", "k3", None, "half_abs_ratio_minus_1", "_estimate"),
 }
@@ -218,9 +219,11 @@ def test_bounds_of_each_evidence_are_those_of_its_own_rows(evidence: str) -> Non
 
 def test_exact_and_estimated_bounds_never_share_a_name() -> None:
     blocks = summarize(score_batch(mixed_rows())).bounds["all"]
-    names = [set(block.bounds) for block in blocks.values()]
-    assert len(names) == 3
-    assert all(not a & b for a, b in itertools.combinations(names, 2))
+    names = {evidence: set(block.bounds) for evidence, block in blocks.items()}
+    assert list(names) == list(EVIDENCE)
+    # upper bounds of sketches and of intervals have one name, in blocks of their own
+    assert names["sketch"] == names.pop("interval")
+    assert all(not a & b for a, b in itertools.combinations(names.values(), 2))
 
 
 def test_bounds_on_kept_rows_are_labelled_conditional() -> None:
@@ -289,15 +292,20 @@ def test_the_grades_default_divergence_decides_where_none_is_named() -> None:
     found = summarize(score_batch(rows), builder=SummaryBuilder(Thresholds(delta_max=0.05))).violations
     assert found is not None
     others = [[*(token_values(row, "k2") or [0.0]), *(token_values(row, "kl_lower") or [])] for row in rows]
-    values = [max(token_values(row, "kl") or other) for row, other in zip(rows, others, strict=True)]
+    known = [token_values(row, "kl") or token_values(row, "kl_estimate") for row in rows]
+    values = [max(own or other) for own, other in zip(known, others, strict=True)]
     assert found.sequences.violations == sum(v > 0.05 for v in values)
-    assert found.divergence == "seq_max_kl where exact, the larger of seq_max_k2 and seq_max_kl_lower elsewhere"
+    assert found.divergence == (
+        "seq_max_kl where exact, seq_max_kl_estimate where sketched, the larger of seq_max_k2 and seq_max_kl_lower "
+        "elsewhere"
+    )
 
 
 @pytest.mark.parametrize(
     ("grade", "said"),
     [
         ("exact", "seq_max_kl"),
+        ("sketch", "seq_max_kl_estimate"),
         ("interval", "the larger of seq_max_k2 and seq_max_kl_lower"),
         ("sampled", "seq_max_k2"),
     ],

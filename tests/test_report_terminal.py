@@ -40,7 +40,7 @@ def test_the_verdict_is_the_first_line() -> None:
     assert printed(summary).startswith(f"{summary.n_kept} of 40 sequences kept (")
 
 
-@pytest.mark.parametrize("grade", ["exact", "interval", "sampled"])
+@pytest.mark.parametrize("grade", ["exact", "sketch", "interval", "sampled"])
 def test_eighty_columns_are_enough(grade: str) -> None:
     text = printed(summary_of(grade))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
@@ -48,7 +48,9 @@ def test_eighty_columns_are_enough(grade: str) -> None:
     assert "…" not in text
 
 
-@pytest.mark.parametrize(("grade", "suffix"), [("exact", ""), ("interval", "_upper"), ("sampled", "_estimate")])
+@pytest.mark.parametrize(
+    ("grade", "suffix"), [("exact", ""), ("sketch", "_upper"), ("interval", "_upper"), ("sampled", "_estimate")]
+)
 def test_bounds_are_shown_published_and_sharp_with_their_verdict(grade: str, suffix: str) -> None:
     summary = summary_of(grade)
     text = printed(summary, width=200)
@@ -76,7 +78,7 @@ def test_sections_answer_questions_in_order() -> None:
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("grade", ["exact", "interval", "sampled"])
+@pytest.mark.parametrize("grade", ["exact", "sketch", "interval", "sampled"])
 def test_the_first_screen_fits_one_and_says_where_the_rest_is(grade: str) -> None:
     summary = summary_of(grade)
     text = printed(summary, full=False)

@@ -106,7 +106,7 @@ def test_figures_are_the_numbers_of_the_json_report_by_their_path() -> None:
 def test_figures_leave_out_what_is_not_known_lists_words_and_settings() -> None:
     report = {
         "kind": "report",
-        "schema_version": 2,
+        "schema_version": 3,
         "verdict": "inf",
         "run": {"noise_floor": {"num_tokens": 5}},
         "thresholds": {"delta_max": 0.05},

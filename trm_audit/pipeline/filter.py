@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from trm_audit.pipeline.score_shards import DECIDING, find_score_shards, grades_
 from trm_audit.pipeline.selection import content_digest, digest
 from trm_audit.report.decode import TOKENIZER_FILE
 from trm_audit.report.noise import noise_floor
+from trm_audit.report.widths import smallest_confidence
 from trm_audit.shards import schema
 from trm_audit.shards.publish import STREAM_SHARD, OutputFolder, told_apart
 from trm_audit.shards.read import Shard, StreamSource, open_stream, read_batches, rows_at_once
@@ -138,17 +139,10 @@ def filter_scores(
 def _say(criteria: Criteria, grades: set[str], runs: Sequence[Mapping[str, object]], watch: Progress) -> None:
     """What decides, and which thresholds reject by the rounding of the scores."""
     floor = noise_floor(runs, limits(criteria, grades))
-    for line in describe(criteria, grades, _confidence(runs)):
+    for line in describe(criteria, grades, smallest_confidence(runs)):
         watch.note(line)
     for below in floor.below if floor is not None else ():
         watch.note(f"Warning: {below.sentence}")
-
-
-def _confidence(runs: Iterable[Mapping[str, object]]) -> float | None:
-    """The least at which the bounds of sketched rows hold, None where a run does not say."""
-    stated = [run.get("confidence") for run in runs]
-    known = [value for value in stated if isinstance(value, float)]
-    return min(known) if known and len(known) == len(stated) else None
 
 
 @dataclass

@@ -21,6 +21,7 @@ from trm_audit.report.compare import compare as compared
 from trm_audit.report.decode import TOKENIZER_FILE, TokenText, token_text
 from trm_audit.report.deltas import PAPER
 from trm_audit.report.summary import AuditSummary, Thresholds
+from trm_audit.report.widths import smallest_confidence
 from trm_audit.shards import schema
 from trm_audit.shards.publish import publish_text
 from trm_audit.shards.read import Found, Shard, find_shards, open_stream, read_batches, rows_at_once
@@ -107,17 +108,17 @@ def audit(
         if source is None:
             raise UsageError("no stream was given to read - from")
         stream = open_stream(source, "scores", "training")
-        reading = _Reading(stream.metadata, options, None, _tokenizer(options, None))
-        reading.add(stream, watch)
         run = json.loads(stream.metadata.get(schema.RUN, b"{}"))
-        return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))], [run])
+        reading = _Reading(stream.metadata, [run], options, None, _tokenizer(options, None))
+        reading.add(stream, watch)
+        return reading.finish([json.loads(stream.trailer.get(schema.COUNTS, b"{}"))])
     shards = _find(inputs, options, watch)
-    reading = _Reading(shards[0].metadata, options, grades_in(shards), _tokenizer(options, shards[0]))
+    runs = [shard.json(schema.RUN) for shard in shards]
+    reading = _Reading(shards[0].metadata, runs, options, grades_in(shards), _tokenizer(options, shards[0]))
     watch.start(sum(shard.num_tokens for shard in shards))
     for shard in shards:
         reading.add(read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)), watch)
-    footers = ([shard.json(key) for shard in shards] for key in (schema.COUNTS, schema.RUN))
-    return reading.finish(*footers)
+    return reading.finish([shard.json(schema.COUNTS) for shard in shards])
 
 
 def report_options(
@@ -212,6 +213,7 @@ class _Reading:
 
     Args:
         metadata: of the first shard or of the stream.
+        runs: what made the scores, as far as it is known.
         options: of the report.
         grades: that occur, None for a stream, whose first batch tells.
         tokenizer: for tokens as text, or None.
@@ -220,11 +222,13 @@ class _Reading:
     def __init__(
         self,
         metadata: Mapping[bytes, bytes],
+        runs: Sequence[Mapping[str, object]],
         options: ReportOptions,
         grades: set[str] | None,
         tokenizer: TokenText | None,
     ) -> None:
         self._options, self._grades, self._tokenizer = options, grades, tokenizer
+        self._runs = [run for run in runs if run]
         self._judged = metadata.get(schema.KIND) == b"training"
         self._criteria = options.criteria
         if self._judged and options.criteria is not None:
@@ -247,7 +251,8 @@ class _Reading:
         words = []
         if self._grades:
             self._criteria = resolve(self._criteria, self._grades)
-            words = [f"{each}{', by default' * by_default}" for each in describe(self._criteria, self._grades)]
+            lines = describe(self._criteria, self._grades, smallest_confidence(self._runs))
+            words = [f"{each}{', by default' * by_default}" for each in lines]
         given = {field.name: getattr(self._criteria, field.name) for field in fields(Thresholds)}
         return SummaryBuilder(Thresholds(**given), words)
 
@@ -270,8 +275,8 @@ class _Reading:
         own = own.append_column("keep", pa.array(verdicts.keep))
         return own.append_column("reason", pa.array(verdicts.reason, pa.string()))
 
-    def finish(self, counts: Sequence[Mapping[str, object]], runs: Sequence[Mapping[str, object]]) -> Audit:
-        """Totals and summary; counts are those of the footers or the trailer, runs what made the scores."""
+    def finish(self, counts: Sequence[Mapping[str, object]]) -> Audit:
+        """Totals and summary; counts are those of the footers or the trailer."""
         builder = self._builder or SummaryBuilder()
         total, skipped = (sum(int(str(each.get(name, 0))) for each in counts) for name in ("n_total", "num_skipped"))
         num_dropped = max(0, total - builder.counts["n_total"])
@@ -285,7 +290,7 @@ class _Reading:
             tokenizer=self._tokenizer,
             num_skipped=skipped,
             num_dropped=num_dropped,
-            runs=[run for run in runs if run],
+            runs=self._runs,
             limits=limits(self._criteria, self._grades or ()) if self._criteria else (),
         )
         return Audit(builder, summary)

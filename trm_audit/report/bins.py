@@ -34,7 +34,7 @@ EDGES: dict[Axis, list[float]] = {
 }
 """Lower edge of each bin; the last one is open. Entropy in nats, position and length in policy tokens."""
 
-RANKED_BY = ("kl", "k3", "kl_upper")
+RANKED_BY = ("kl", "kl_estimate", "k3", "kl_upper")
 """What token ids (by sum) and groups (by mean) are ranked by: the first that any of them has."""
 NUM_TOKEN_IDS = 20
 NUM_GROUPS = 20

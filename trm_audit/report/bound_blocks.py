@@ -12,7 +12,11 @@ from trm_audit.report.totals import EVIDENCE, DivergenceTotals, Evidence
 
 
 def bound_blocks(
-    evidence: dict[tuple[str, str], DivergenceTotals], counts: Counts, reward_range: float, surrogate: float | None
+    evidence: dict[tuple[str, str], DivergenceTotals],
+    counts: Counts,
+    reward_range: float,
+    surrogate: float | None,
+    confidence: float | None = None,
 ) -> dict[str, dict[str, BoundsBlock]]:
     """`all` and `kept` -> evidence -> block, as far as there is evidence with a known maximum.
 
@@ -21,13 +25,16 @@ def bound_blocks(
         counts: of the whole data; without a horizon there are no bounds.
         reward_range: R_max - R_min.
         surrogate: L' of all rows with a reward, or None.
+        confidence: of the bounds from sketches; None where nothing tells it.
     """
     out: dict[str, dict[str, BoundsBlock]] = {}
-    for (subset, name), totals in sorted(evidence.items()):
+    for subset, name in sorted(evidence, key=lambda key: (key[0], [*EVIDENCE].index(key[1]))):
+        totals = evidence[subset, name]
         if counts.horizon is not None and totals.kl_max > -math.inf:
             covers_all = subset == "all" and totals.rows == counts.n_total
             improvement = surrogate if covers_all else None
-            out.setdefault(subset, {})[name] = _block(subset, name, totals, counts.horizon, reward_range, improvement)
+            label = words.evidence_label(name, subset, confidence)
+            out.setdefault(subset, {})[name] = _block(name, label, totals, counts.horizon, reward_range, improvement)
     return out
 
 
@@ -54,7 +61,7 @@ def measured_bounds(
 
 
 def _block(
-    subset: str, name: str, totals: DivergenceTotals, horizon: int, reward_range: float, surrogate: float | None
+    name: str, label: str, totals: DivergenceTotals, horizon: int, reward_range: float, surrogate: float | None
 ) -> BoundsBlock:
     evidence = EVIDENCE[name]
     drift = totals.tv_by_position()
@@ -63,7 +70,7 @@ def _block(
     best = result.bounds[result.minimum]
     minorizer = None if surrogate is None else Bound(surrogate - best.published, surrogate - best.sharp)
     return BoundsBlock(
-        label=words.evidence_label(evidence.label, subset),
+        label=label,
         rows=totals.rows,
         horizon=horizon,
         inputs=inputs,

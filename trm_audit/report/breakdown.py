@@ -12,7 +12,7 @@ from trm_audit.numerics.ragged import Bools, Floats, Ints
 from trm_audit.report.columns import ScoreBatch, oldest_policy_version
 from trm_audit.report.totals import KeyedTotals, sum_by_code
 
-MAIN_DIVERGENCES = ("kl", "tv", "kl_lower", "kl_upper", "k2", "k3", "abs_log_ratio")
+MAIN_DIVERGENCES = ("kl", "tv", "kl_estimate", "kl_lower", "kl_upper", "k2", "k3", "abs_log_ratio")
 
 
 @dataclass

@@ -35,6 +35,7 @@ from trm_audit.report.quality import QualityTotals
 from trm_audit.report.rewards import RewardTotals
 from trm_audit.report.summary import AuditSummary, Thresholds
 from trm_audit.report.totals import EVIDENCE, ClusterTotals, DivergenceTotals, evidence_rows, merged
+from trm_audit.report.widths import WidthTotals
 from trm_audit.report.worst import WorstTotals
 from trm_audit.rollout import DIVERGENCES, SAMPLED_DIVERGENCES, TOKEN_SCORES
 
@@ -53,11 +54,20 @@ PARTS = (
     "by_group",
     "routing",
     "impulses",
+    "widths",
     "worst",
 )
 """Accumulators that take every batch, each the source of the block of its name."""
 
-_CLUSTERED = ("seq_sum_kl", "seq_sum_kl_lower", "seq_sum_kl_upper", "seq_sum_k3", "violation")
+_GRADES_OF = {
+    "seq_sum_kl": ("exact",),
+    "seq_sum_kl_estimate": ("sketch",),
+    "seq_sum_kl_lower": ("sketch", "interval"),
+    "seq_sum_kl_upper": ("sketch", "interval"),
+    "seq_sum_k3": ("sampled",),
+}
+"""Totals of a sequence -> the kinds of evidence that give them."""
+_CLUSTERED = (*_GRADES_OF, "violation")
 _TOKEN_QUANTITIES = tuple(dict.fromkeys((*SAMPLED_DIVERGENCES, *TOKEN_SCORES[1:])))
 
 
@@ -95,6 +105,7 @@ class SummaryBuilder:
         self.by_group = GroupTotals()
         self.routing = RoutingTotals()
         self.impulses = ImpulseTotals()
+        self.widths = WidthTotals()
         self.worst = WorstTotals(self.thresholds)
 
     def add(self, record_batch: pa.RecordBatch) -> None:
@@ -208,7 +219,7 @@ class SummaryBuilder:
     def _accept(self, batch: ScoreBatch) -> None:
         """Pairs of a largest and a mean divergence, for the combined criterion."""
         chosen = (self.thresholds.max_of, self.thresholds.avg_of)
-        for max_of, avg_of in dict.fromkeys([("kl", "kl"), ("k2", "k3"), chosen]):
+        for max_of, avg_of in dict.fromkeys([("kl", "kl"), ("kl_estimate", "kl_estimate"), ("k2", "k3"), chosen]):
             largest, mean = batch.floats(f"seq_max_{max_of}"), batch.floats(f"seq_mean_{avg_of}")
             if max_of and avg_of and largest is not None and mean is not None:
                 known = ~np.isnan(largest) & ~np.isnan(mean)
@@ -218,11 +229,13 @@ class SummaryBuilder:
 
     def _compare(self, batch: ScoreBatch) -> None:
         """D_seq by prompt, and what lies above delta_max: sequences, prompts, tokens."""
-        values = {name: self._sequence_sum(batch, name) for name in _CLUSTERED[:-1]}
+        values = {name: self._sequence_sum(batch, name) for name in _GRADES_OF}
         values["violation"] = np.full(batch.num_rows, np.nan)
         delta = self.thresholds.delta_max
         if delta is not None:
             largest = batch.filled(f"seq_max_{self.thresholds.max_of or 'kl'}")
+            if self.thresholds.max_of in (None, "kl"):
+                largest = np.where(np.isnan(largest), batch.filled("seq_max_kl_estimate"), largest)
             if self.thresholds.max_of is None:
                 vetoed = np.fmax(batch.filled("seq_max_k2"), batch.filled("seq_max_kl_lower"))
                 largest = np.where(np.isnan(largest), vetoed, largest)
@@ -236,13 +249,14 @@ class SummaryBuilder:
     def _sequence_sum(self, batch: ScoreBatch, name: str) -> Floats:
         """[rows] a `seq_sum_*`; 0 for the rows without policy tokens that belong to its evidence."""
         values = batch.filled(name)
-        grade = "exact" if name == "seq_sum_kl" else "sampled" if name == "seq_sum_k3" else "interval"
-        return np.where(np.isnan(values) & batch.empty() & evidence_rows(batch, grade), 0.0, values)
+        members = np.any([evidence_rows(batch, grade) for grade in _GRADES_OF[name]], axis=0)
+        return np.where(np.isnan(values) & batch.empty() & members, 0.0, values)
 
     def _mask_tokens(self, batch: ScoreBatch, delta: float) -> None:
         """Tokens that token masking would compare and drop, each by the divergence that decides its row."""
         decided = np.zeros(batch.num_rows, dtype=bool)
-        for name in ("kl", "k2") if self.thresholds.max_of is None else (self.thresholds.max_of,):
+        named = self.thresholds.max_of
+        for name in {None: ("kl", "kl_estimate", "k2"), "kl": ("kl", "kl_estimate")}.get(named, (str(named),)):
             column = batch.tokens(name)
             if column is not None:
                 values = column.values[~decided[column.rows]]

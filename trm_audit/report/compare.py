@@ -27,16 +27,34 @@ SCHEMA_VERSION = 1
 FEW_CLUSTERS = 20
 """With fewer a percentile interval is noticeably too narrow."""
 NO_INTERVALS = "There are no intervals: one of the two has fewer than two groups, or infinite values."
-DECISIVE = ("mean_kl", "mean_k3")
+DECISIVE = ("mean_kl", "mean_kl_estimate", "mean_k3")
 """Which metric says who is further from the trainer: the first that both audits have."""
 SHOWN = (
-    *("acceptance", "mean_kl", "mean_kl_lower", "mean_kl_upper", "mean_tv", "mean_k1", "mean_k3", "mean_abs_log_ratio"),
-    *("mean_ratio", "ess_token", "ess_seq", "chi2_token", "log_ppl_difference"),
+    *("acceptance", "mean_kl", "mean_kl_estimate", "mean_kl_lower", "mean_kl_upper", "mean_tv", "mean_tv_upper"),
+    *(
+        "mean_k1",
+        "mean_k3",
+        "mean_abs_log_ratio",
+        "mean_ratio",
+        "ess_token",
+        "ess_seq",
+        "chi2_token",
+        "log_ppl_difference",
+    ),
 )
 """Metrics that a reader is shown; the JSON has all of them."""
 SPREADS = (
-    *("seq_max_kl", "seq_mean_kl", "seq_max_kl_lower", "seq_mean_kl_lower", "seq_max_kl_upper", "seq_mean_kl_upper"),
-    *("seq_max_tv", "seq_max_k2", "seq_mean_k3", "seq_max_abs_log_ratio"),
+    *(
+        "seq_max_kl",
+        "seq_mean_kl",
+        "seq_max_kl_estimate",
+        "seq_mean_kl_estimate",
+        "seq_max_kl_lower",
+        "seq_mean_kl_lower",
+        "seq_max_kl_upper",
+        "seq_mean_kl_upper",
+    ),
+    *("seq_max_tv", "seq_max_tv_upper", "seq_max_k2", "seq_mean_k3", "seq_max_abs_log_ratio"),
 )
 """Sequence statistics whose quantiles are compared."""
 
@@ -217,13 +235,16 @@ def _notes(a: AuditSummary, b: AuditSummary) -> list[str]:
     """What a reader must know before the differences; only what applies."""
     grades = (", ".join(f"{count} {grade}" for grade, count in each.counts.grades.items()) for each in (a, b))
     codes_a, codes_b = (", ".join(dict.fromkeys(finding.code for finding in each.warnings)) for each in (a, b))
-    unlike = _unlike(a, b)
+    unlike, confidences = _unlike(a, b), [_confidence(each) for each in (a, b)]
     said = {
         f"Read the warnings of A first: {codes_a}.": bool(a.warnings),
         f"Read the warnings of B first: {codes_b}.": bool(b.warnings),
         "Grades of evidence differ (A: {}; B: {}): only figures that both have are compared.".format(*grades): (
             list(a.counts.grades) != list(b.counts.grades)
         ),
+        "Bounds from sketches hold at different confidences (A: {}, B: {}): the surer ones are wider.".format(
+            *map(percent, confidences)
+        ): None not in confidences and confidences[0] != confidences[1],
         "The audited policies differ (raw, tempered or sampling): the figures do not speak of the same policy.": (
             unlike["audited policies"]
         ),
@@ -240,6 +261,12 @@ def _notes(a: AuditSummary, b: AuditSummary) -> list[str]:
         ),
     }
     return [sentence for sentence, applies in said.items() if applies]
+
+
+def _confidence(summary: AuditSummary) -> float | None:
+    """Of the bounds from sketches; None without any, or where the scores do not say."""
+    found = summary.bound_widths.get("sketch")
+    return None if found is None else found.confidence
 
 
 def _precision(summary: AuditSummary) -> str:

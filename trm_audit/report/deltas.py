@@ -19,7 +19,7 @@ from trm_audit.report.blocks import DeltaRow, DeltaTable, Target
 from trm_audit.report.columns import ScoreBatch
 from trm_audit.report.summary import AcceptanceCurves, Curve, Thresholds
 from trm_audit.report.totals import merged
-from trm_audit.rollout import EXACT_DIVERGENCES, INTERVAL_DIVERGENCES
+from trm_audit.rollout import EXACT_DIVERGENCES, INTERVAL_DIVERGENCES, SKETCH_ESTIMATES
 
 
 def decimals(first: int, last: int, step: int = 1) -> Floats:
@@ -40,18 +40,21 @@ FINE_DELTAS = np.concatenate([[0.0], decimals(-18, 18), [float(f"1e{e}") for e i
 KINDS = ("max", "mean", "sum")
 PAPER = {"max": 0.05, "mean": 0.001}
 """Thresholds of arXiv 2512.23075."""
+_KL = ("kl", "kl_estimate", "kl_lower", "kl_upper")
+_TV = ("tv", "tv_lower", "tv_upper")
 MARKED = {
-    **{f"seq_max_{d}": [PAPER["max"]] for d in ("kl", "kl_lower", "kl_upper", "k2", "abs_log_ratio")},
-    **{f"seq_mean_{d}": [PAPER["mean"]] for d in ("kl", "kl_lower", "kl_upper", "k3")},
+    **{f"seq_max_{d}": [PAPER["max"]] for d in (*_KL, "k2", "abs_log_ratio")},
+    **{f"seq_mean_{d}": [PAPER["mean"]] for d in (*_KL, "k3")},
 }
 """The same by the statistics that they are meant for (abs_log_ratio in the paper's first version)."""
 MOST_ROWS = 14
 SAMPLED_DEFAULTS = {"max": "k2", "mean": "k3", "sum": "k3"}
 """The D of a criterion that names none, where there is no kl."""
 
-_DIVERGENCES = (*EXACT_DIVERGENCES, *INTERVAL_DIVERGENCES, "k2", "k3", "abs_log_ratio")
+_DIVERGENCES = (*EXACT_DIVERGENCES, *SKETCH_ESTIMATES, *INTERVAL_DIVERGENCES, "k2", "k3", "abs_log_ratio")
 _STATISTICS = tuple(f"seq_{kind}_{divergence}" for divergence in _DIVERGENCES for kind in KINDS)
-_TABLED = {f"seq_{kind}_{d}" for kind in KINDS for d in ("kl", "kl_lower", "kl_upper", "k2", "k3", "abs_log_ratio")}
+_TABLED = {f"seq_{kind}_{d}" for kind in KINDS for d in (*_KL, "k2", "k3", "abs_log_ratio")}
+_TABLED |= {f"seq_max_{d}" for d in _TV}
 _TOKENS, _REWARDED, _CORRECT, _REWARD = range(4)
 
 
@@ -187,7 +190,7 @@ class DeltaTotals:
         return ((name, self.counts[name]) for name in _STATISTICS if name in self.counts)
 
     def _is_main(self, name: str) -> bool:
-        return name in _TABLED or name == "seq_max_tv" or name in self._given
+        return name in _TABLED or name in self._given
 
     def _table(self, name: str, counts: WeightedCounts) -> DeltaTable:
         marked = MARKED.get(name, [])
@@ -208,7 +211,7 @@ class DeltaTotals:
 def given_thresholds(thresholds: Thresholds) -> dict[str, float]:
     """Statistic -> the criterion's threshold on it.
 
-    Where kl or tv itself is not known, what it would keep lies between what its two bounds keep.
+    Where kl or tv itself is not known, what it would keep lies between what its two bounds keep; kl may be estimated.
     """
     out: dict[str, float] = {}
     for kind, delta, named in (
@@ -217,9 +220,9 @@ def given_thresholds(thresholds: Thresholds) -> dict[str, float]:
         ("sum", thresholds.delta_total, thresholds.total_of),
     ):
         for divergence in (named,) if named else ("kl", SAMPLED_DEFAULTS[kind]):
-            bounds = ("_lower", "_upper") if divergence in ("kl", "tv") else ()
+            compared = {"kl": _KL, "tv": _TV}.get(divergence, (divergence,))
             if delta is not None:
-                out |= {f"seq_{kind}_{divergence}{bound}": delta for bound in ("", *bounds)}
+                out |= {f"seq_{kind}_{each}": delta for each in compared}
     return out
 
 

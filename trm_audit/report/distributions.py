@@ -1,4 +1,4 @@
-"""What the page draws as distributions: histograms in coarser bins, and both probabilities of the sampled tokens."""
+"""Spreads: quantiles, histograms in the coarser bins that the page draws, both probabilities of the sampled tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trm_audit.numerics.histogram import RELATIVE_ERROR, LogHistogram
 from trm_audit.numerics.ragged import Bools, Ints
 from trm_audit.report.blocks import Distribution, ProbabilityDensity
 from trm_audit.report.columns import ScoreBatch
+from trm_audit.report.summary import Quantiles
 
 PROBABILITY_EDGES = (
     *(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05),
@@ -38,6 +39,12 @@ def distribution(histogram: LogHistogram) -> Distribution:
     lowest = -len(fine) // 2  # octaves lie symmetrically about 2^0
     edges = [math.ldexp(1 + _HALF / _PER_OCTAVE * (at % 2), lowest + at // 2) for at in range(first, last + 2)]
     return Distribution(edges, counts[first : last + 1].tolist(), histogram.num_zero, histogram.num_inf)
+
+
+def quantiles(histogram: LogHistogram) -> Quantiles:
+    """The spread of a quantity; the histogram is not empty."""
+    inner = {name: histogram.quantile(q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999))}
+    return Quantiles(n=histogram.count, min=histogram.min, max=histogram.max, mean=histogram.mean, **inner)
 
 
 class ProbabilityTotals:

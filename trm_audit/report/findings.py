@@ -18,6 +18,7 @@ from trm_audit.report.noise import NoiseFloor
 from trm_audit.report.quality import LONG_RUN, QualityTotals
 from trm_audit.report.shown import percent
 from trm_audit.report.summary import Counts, Violations
+from trm_audit.report.words import at_confidence
 
 if TYPE_CHECKING:
     from trm_audit.report.decode import TokenText
@@ -100,6 +101,9 @@ _NOT_TRUNCATED = (
 )
 _CLAIMS = {
     "exact": "exact KL and TV at every context that was sampled, so that each verdict can be checked",
+    "sketch": "an estimate of KL over the whole vocabulary at every context that was sampled, with bounds of KL and an "
+    "upper bound of TV that hold {confidence} at all positions of a sequence together (over the draw of the random "
+    "signs), and a certain lower bound of TV",
     "interval": "rigorous lower and upper bounds of KL and TV at every context that was sampled, so that a verdict is "
     "certain where the threshold lies outside them",
     "sampled": "an estimate from the sampled tokens alone (k1, k2, k3), so that no verdict is certain",
@@ -143,18 +147,24 @@ def findings(
     return sorted(found, key=lambda each: CODES.index(each.code))
 
 
-def evidence(counts: Counts) -> str:
-    """The grades that an audit rests on and what they permit to claim, in two sentences."""
+def evidence(counts: Counts, confidence: float | None = None) -> str:
+    """The grades that an audit rests on and what they permit to claim, in two sentences.
+
+    Args:
+        counts: what was read.
+        confidence: of bounds from sketches, None where nothing tells it.
+    """
+    claims = {grade: said.format(confidence=at_confidence(confidence)) for grade, said in _CLAIMS.items()}
     grades = {grade: n for grade, n in counts.grades.items() if n}
     of = sum(grades.values())
     if not of:
         return "No sequence with a grade of evidence was read: nothing can be claimed."
     if len(grades) == 1:
         (grade,) = grades
-        claim = f"Grade {grade}: {_CLAIMS[grade]}"
+        claim = f"Grade {grade}: {claims[grade]}"
     else:
         claim = "Mixed grades: " + "; ".join(
-            f"{n} of {of} sequences {grade} ({_CLAIMS[grade]})" for grade, n in grades.items()
+            f"{n} of {of} sequences {grade} ({claims[grade]})" for grade, n in grades.items()
         )
     others = sum(n for policy, n in counts.audited_policies.items() if policy != "sampling")
     if others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,13 @@ import numpy as np
 
 from trm_audit.errors import UsageError
 from trm_audit.numerics.confidence import clopper_pearson_upper, clustered_mean
-from trm_audit.numerics.histogram import LogHistogram
 from trm_audit.numerics.ragged import Floats
 from trm_audit.report import words
 from trm_audit.report.bins import EDGES
 from trm_audit.report.bound_blocks import bound_blocks
 from trm_audit.report.breakdown import MAIN_DIVERGENCES
 from trm_audit.report.decode import TokenText
-from trm_audit.report.distributions import distribution
+from trm_audit.report.distributions import distribution, quantiles
 from trm_audit.report.findings import evidence, findings
 from trm_audit.report.horizons import bound_curves
 from trm_audit.report.noise import differing, noise_floor
@@ -30,7 +29,6 @@ from trm_audit.report.summary import (
     CombinedAcceptance,
     Counts,
     PpoTerms,
-    Quantiles,
     Rewards,
     SequenceTotal,
     Share,
@@ -38,12 +36,19 @@ from trm_audit.report.summary import (
     Violations,
 )
 from trm_audit.report.totals import ClusterTotals
-from trm_audit.rollout import EXACT_DIVERGENCES, GRADES, INTERVAL_DIVERGENCES, SAMPLED_DIVERGENCES
+from trm_audit.report.widths import smallest_confidence
+from trm_audit.rollout import (
+    EXACT_DIVERGENCES,
+    GRADES,
+    INTERVAL_DIVERGENCES,
+    SAMPLED_DIVERGENCES,
+    SKETCH_ESTIMATES,
+)
 
 if TYPE_CHECKING:
     from trm_audit.report.builder import SummaryBuilder
 
-_RANKED = (*EXACT_DIVERGENCES, *INTERVAL_DIVERGENCES, *SAMPLED_DIVERGENCES)
+_RANKED = (*EXACT_DIVERGENCES, *SKETCH_ESTIMATES, *INTERVAL_DIVERGENCES, *SAMPLED_DIVERGENCES)
 _STATISTICS = [f"seq_{kind}_{divergence}" for divergence in _RANKED for kind in ("max", "mean", "sum")]
 _DRAWN = [
     *MAIN_DIVERGENCES,
@@ -91,9 +96,9 @@ def summarize(builder: SummaryBuilder, settings: Settings) -> AuditSummary:
         reasons=dict(sorted(builder.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
         violations=_violations(builder, counts.num_groups is not None) if whole else None,
         metrics=metrics,
-        **_spreads(builder),
+        **_spreads(builder, settings),
         **(_choices(builder, counts, settings) if whole else {}),
-        **_guarantees(builder, counts, rewards, whole),
+        **_guarantees(builder, counts, rewards, settings),
         **_reasons(builder, decided and whole, settings.tokenizer),
         worst=builder.worst.finish(settings.tokenizer),
     )
@@ -112,11 +117,12 @@ def _in_words(builder: SummaryBuilder, summary: AuditSummary, settings: Settings
         tokenizer=settings.tokenizer,
     )
     compared, sampled = summary.violations is not None, "seq_sum_k3" in summary.sequences
-    notes = words.notes(summary.counts, summary.bounds, compared, sampled)
+    notes = words.notes(summary.counts, summary.bounds, summary.bound_widths, compared, sampled)
+    confidence = smallest_confidence(settings.runs)
     return replace(
         summary,
-        verdict=words.verdict(summary.counts, summary.sequences, summary.n_kept, summary.criteria),
-        evidence=evidence(summary.counts),
+        verdict=words.verdict(summary.counts, summary.sequences, summary.n_kept, summary.criteria, confidence),
+        evidence=evidence(summary.counts, confidence),
         num_warnings=len(warnings),
         warnings=warnings,
         notes=words.run_notes(differing(settings.runs)) + notes,
@@ -124,19 +130,20 @@ def _in_words(builder: SummaryBuilder, summary: AuditSummary, settings: Settings
     )
 
 
-def _spreads(builder: SummaryBuilder) -> dict[str, Any]:
+def _spreads(builder: SummaryBuilder, settings: Settings) -> dict[str, Any]:
     """How far apart: quantiles and distributions, per token and per sequence."""
     sequences = {name: builder.sequences[name] for name in sorted(builder.sequences, key=_ORDER.__getitem__)}
     tokens = dict(sorted(builder.tokens.items()))
     drawn = {**tokens, **sequences}
-    quantiles = {name: _quantiles(histogram) for name, histogram in sequences.items()}
+    spreads = {name: quantiles(histogram) for name, histogram in sequences.items()}
     return {
-        "tokens": {name: _quantiles(histogram) for name, histogram in tokens.items()},
-        "sequences": quantiles,
+        "tokens": {name: quantiles(histogram) for name, histogram in tokens.items()},
+        "sequences": spreads,
         "distributions": {name: distribution(drawn[name]) for name in _DRAWN if name in drawn},
         "probabilities": builder.probabilities.finish(),
-        "d_max": {name: spread.max for name, spread in quantiles.items() if name.startswith("seq_max_")},
-        "d_seq": _sequence_totals(builder.clusters),
+        "d_max": {name: spread.max for name, spread in spreads.items() if name.startswith("seq_max_")},
+        "d_seq": _sequence_totals(builder.clusters, spreads),
+        "bound_widths": builder.widths.finish(smallest_confidence(settings.runs)),
     }
 
 
@@ -152,10 +159,11 @@ def _choices(builder: SummaryBuilder, counts: Counts, settings: Settings) -> dic
     }
 
 
-def _guarantees(builder: SummaryBuilder, counts: Counts, rewards: Rewards, whole: bool) -> dict[str, Any]:
+def _guarantees(builder: SummaryBuilder, counts: Counts, rewards: Rewards, settings: Settings) -> dict[str, Any]:
     """Bounds and objectives; of the kept rows only where the others are not here."""
+    whole, confidence = settings.num_dropped == 0, smallest_confidence(settings.runs)
     surrogate = None if rewards.surrogate is None else rewards.surrogate.mean
-    blocks = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate)
+    blocks = bound_blocks(builder.evidence, counts, rewards.reward_range, surrogate, confidence)
     return {
         "bounds": blocks if whole else {subset: found for subset, found in blocks.items() if subset != "all"},
         "bounds_by_horizon": bound_curves(builder.evidence, counts, rewards.reward_range) if whole else {},
@@ -206,11 +214,6 @@ def _counts(builder: SummaryBuilder, horizon: int | None, settings: Settings) ->
     )
 
 
-def _quantiles(histogram: LogHistogram) -> Quantiles:
-    inner = {name: histogram.quantile(q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999))}
-    return Quantiles(n=histogram.count, min=histogram.min, max=histogram.max, mean=histogram.mean, **inner)
-
-
 def _combined(builder: SummaryBuilder, num_empty: int) -> list[CombinedAcceptance]:
     out = []
     for (max_of, avg_of), counts in sorted(builder.pairs.items()):
@@ -235,12 +238,13 @@ def _violations(builder: SummaryBuilder, grouped: bool) -> Violations | None:
     return Violations(compared, delta, _share(n, builder.counts["num_violations"]), prompts)
 
 
-def _sequence_totals(clusters: ClusterTotals) -> dict[str, SequenceTotal]:
+def _sequence_totals(clusters: ClusterTotals, known: Collection[str]) -> dict[str, SequenceTotal]:
+    """Those that some sequence has: the zeros of sequences without policy tokens alone are no figure."""
     out = {}
     for name in clusters.names:
         sizes, sums, singles = clusters.of(name)
         interval = clustered_mean(sizes, sums, singles)
-        if name != "violation" and interval.clusters:
+        if name in known and interval.clusters:
             out[name] = SequenceTotal(interval, words.interval_method(len(sizes), singles.count))
     return out
 

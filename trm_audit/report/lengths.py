@@ -78,9 +78,9 @@ class LengthTotals:
         return PairCounts(LENGTHS, np.union1d(LENGTH_DELTAS, own))
 
     def _candidates(self, kind: str) -> list[str]:
-        """The statistics that may stand for a kind of criterion: that of the criterion, kl, and the sampled default."""
+        """The statistics that may stand for a kind of criterion: its own, kl, its estimate, the sampled default."""
         named = {"max": self.thresholds.max_of, "mean": self.thresholds.avg_of, "sum": self.thresholds.total_of}[kind]
-        return [f"seq_{kind}_{d}" for d in dict.fromkeys((named, "kl", SAMPLED_DEFAULTS[kind])) if d]
+        return [f"seq_{kind}_{d}" for d in dict.fromkeys((named, "kl", "kl_estimate", SAMPLED_DEFAULTS[kind])) if d]
 
     def _decisive(self, kind: str) -> str | None:
         """The candidate that most sequences have, the first of equals; None where the data have none."""

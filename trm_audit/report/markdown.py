@@ -184,7 +184,9 @@ def _targets(summary: AuditSummary) -> list[str]:
 
 def _by_staleness(summary: AuditSummary) -> list[str]:
     found = summary.by_staleness
-    name = next((d for d in ("kl", "kl_upper", "k3", "k2") if any(d in each.divergences for each in found)), "k3")
+    name = next(
+        (d for d in ("kl", "kl_estimate", "kl_upper", "k3", "k2") if any(d in each.divergences for each in found)), "k3"
+    )
     rows = []
     for each in found[:SHOWN_CATEGORIES]:
         spread = each.divergences.get(name)

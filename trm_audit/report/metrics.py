@@ -25,15 +25,17 @@ groups about 8)."""
 
 _MEAN = "mean over tokens of "
 _SEQ = "mean over sequences of "
+_SURE = "rigorous or, from sketches, at their confidence for a sequence"
 
 DEFINITIONS: dict[str, tuple[str, dict[str, str]]] = {
     "mean_kl": (_MEAN + "the exact KL(rollout || trainer)", {}),
     "mean_kl_reverse": (_MEAN + "the exact KL(trainer || rollout)", {}),
     "mean_tv": (_MEAN + "the exact total variation distance", {}),
-    "mean_kl_lower": (_MEAN + "the rigorous lower bound of KL(rollout || trainer)", {}),
-    "mean_kl_upper": (_MEAN + "the rigorous upper bound of KL(rollout || trainer)", {}),
-    "mean_tv_lower": (_MEAN + "the rigorous lower bound of the total variation distance", {}),
-    "mean_tv_upper": (_MEAN + "the rigorous upper bound of the total variation distance", {}),
+    "mean_kl_estimate": (_MEAN + "the estimate of KL(rollout || trainer) from sketches", {}),
+    "mean_kl_lower": (_MEAN + "the lower bound of KL(rollout || trainer), " + _SURE, {}),
+    "mean_kl_upper": (_MEAN + "the upper bound of KL(rollout || trainer), " + _SURE, {}),
+    "mean_tv_lower": (_MEAN + "the certain lower bound of the total variation distance", {}),
+    "mean_tv_upper": (_MEAN + "the upper bound of the total variation distance, " + _SURE, {}),
     "mean_k1": (_MEAN + "k1 = -log_ratio", {"verl": "rollout_corr/kl", "OpenRLHF": "vllm_kl"}),
     "mean_k2": (_MEAN + "k2 = log_ratio^2 / 2", {}),
     "mean_k3": (
@@ -81,7 +83,7 @@ DEFINITIONS: dict[str, tuple[str, dict[str, str]]] = {
 Read in the projects' sources. verl's `rollout_is_eff_sample_size` is not `ess_token`: it truncates the ratios first.
 """
 
-_DIVERGENCES = ("kl", "kl_reverse", "tv", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
+_DIVERGENCES = ("kl", "kl_reverse", "tv", "kl_estimate", "kl_lower", "kl_upper", "tv_lower", "tv_upper")
 _ESTIMATES = ("k1", "k2", "k3", "abs_log_ratio", "ratio")
 _TOKEN_MEANS = {f"mean_{name}": name for name in (*_DIVERGENCES, *_ESTIMATES)}
 _BASIS = {

@@ -4,14 +4,15 @@ The same weights give other log-probabilities in another batch or in float32; wh
 the footers of its shards (schemas/score.md). Equal policies are as far apart as this floor says, so that a threshold
 below it rejects them by rounding. A warning is given only where the floor tells that much:
 
-    kl, kl_reverse, kl_upper    the floor's kl, largest or mean (kl_reverse differs from it in third order only)
+    kl, kl_reverse,             the floor's kl, largest or mean (kl_reverse differs from it in third order only; what
+    kl_estimate, kl_upper       a sketch's noise adds is in proportion to it)
     abs_log_ratio               its abs_delta_logprob, largest or mean; the largest for log_ratio and k1 too
     k2                          abs_delta_logprob^2 / 2; of the mean that is at most the mean of k2 (Jensen)
     k3                          largest: expm1(-a) + a of the largest a, the smaller of both signs; mean: kl = E[k3]
     a sum                       the mean times the tokens of a measured rollout
 
-Nothing is said of tv (sqrt(kl / 2) is an upper bound of it, which may be far above), of kl_lower (equal policies may
-have 0), and of means of signed quantities.
+Nothing is said of tv and its bounds (sqrt(kl / 2) is an upper bound of it, which may be far above), of kl_lower (equal
+policies may have 0), and of means of signed quantities.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def _level(divergence: str, noise: Noise, largest: bool) -> float | None:
     """A divergence between equal policies, largest or mean over tokens; None where the figures do not tell it."""
     distance, kl = noise.abs_delta_logprob, noise.kl
     a = distance.max if largest else distance.mean
-    if divergence in ("kl", "kl_reverse", "kl_upper"):
+    if divergence in ("kl", "kl_reverse", "kl_estimate", "kl_upper"):
         return kl.max if largest else kl.mean
     if divergence == "k3":
         return math.expm1(-a) + a if largest else kl.mean

@@ -32,12 +32,14 @@ from trm_audit.report.blocks import (
 )
 from trm_audit.report.noise import NoiseFloor
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAIN_METRICS = (
     "mean_kl",
+    "mean_kl_estimate",
     "mean_kl_lower",
     "mean_kl_upper",
     "mean_tv",
+    "mean_tv_upper",
     "mean_k3",
     "mean_abs_log_ratio",
     "mean_ratio",
@@ -47,7 +49,9 @@ MAIN_METRICS = (
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The criteria's numbers and divergences; `*_of` None means the grade's default (exact: kl, otherwise k2 and k3).
+    """The criteria's numbers and divergences; `*_of` None means the grade's default.
+
+    That is kl where exact, kl_estimate where sketched, otherwise k2 for the maximum and k3 for mean and sum.
 
     Worked instance: Thresholds(delta_max=0.05, max_of="kl", delta_avg=0.002, avg_of="k3").
     """
@@ -92,6 +96,25 @@ class Quantiles:
     p999: float
     max: float
     mean: float
+
+
+@dataclass(frozen=True)
+class BoundWidths:
+    """How far the bounds of one grade are apart; rigorous at grade `interval`.
+
+    Attributes:
+        confidence: with which those of a sketch hold at all positions of a sequence together, of several runs the
+            smallest; None where they are rigorous, or the scores do not say.
+        dims, seeds: sketched sequences by m and by the seed of the signs.
+        tokens: `kl_width` and `tv_width`, upper less lower bound at each token.
+        sequences: `seq_max_kl_width` and `seq_max_tv_width`, the same of a sequence's maximum.
+    """
+
+    confidence: float | None
+    dims: dict[str, int]
+    seeds: dict[str, int]
+    tokens: dict[str, Quantiles]
+    sequences: dict[str, Quantiles]
 
 
 @dataclass(frozen=True)
@@ -259,6 +282,7 @@ class AuditSummary:
         noise_floor: of the runs below float32; None where there is none.
         acceptance: n_kept / n_total; None where nothing was decided.
         reasons: rejected rows by cause (a row with several causes counts once for each).
+        bound_widths: how far the bounds of KL and TV are apart, by grade.
         metrics: figures that training logs show too, by our name.
         d_max: largest `seq_max_*` seen; d_seq: mean `seq_sum_*`.
         delta_tables: what thresholds on a statistic would do, by statistic.
@@ -286,6 +310,7 @@ class AuditSummary:
     tokens: dict[str, Quantiles]
     sequences: dict[str, Quantiles]
     distributions: dict[str, Distribution] = field(default_factory=dict)
+    bound_widths: dict[str, BoundWidths] = field(default_factory=dict)
     probabilities: ProbabilityDensity | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     acceptance_curves: AcceptanceCurves = field(default_factory=lambda: AcceptanceCurves([], {}))

@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from trm_audit.report.blocks import Metric
+from trm_audit.report.deltas import given_thresholds
 from trm_audit.report.noise import AGAINST, NoiseFloor, sharing_rung
 from trm_audit.report.shown import number, percent, visible
-from trm_audit.report.summary import AuditSummary, BoundsBlock, Category, Rewards
+from trm_audit.report.summary import AuditSummary, BoundsBlock, BoundWidths, Category, Rewards
+from trm_audit.report.words import at_confidence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,15 +26,31 @@ if TYPE_CHECKING:
 SHOWN_CATEGORIES = 12
 _SHOWN_DELTAS = (1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
 _INTERVALS = ("kl_lower", "kl_upper", "tv_lower", "tv_upper")
-_SHOWN_TOKENS = ("kl", "kl_reverse", "tv", *_INTERVALS, "k1", "k2", "k3", "abs_log_ratio", "ratio")
+_SHOWN_TOKENS = (
+    "kl",
+    "kl_reverse",
+    "tv",
+    "kl_estimate",
+    "hellinger2",
+    *_INTERVALS,
+    "k1",
+    "k2",
+    "k3",
+    "abs_log_ratio",
+    "ratio",
+)
 _SHOWN_CURVES = (
     "seq_max_kl",
     "seq_mean_kl",
+    "seq_max_kl_estimate",
+    "seq_mean_kl_estimate",
     "seq_max_kl_lower",
     "seq_max_kl_upper",
     "seq_max_k2",
     "seq_mean_k3",
     "seq_max_tv",
+    "seq_max_tv_lower",
+    "seq_max_tv_upper",
     "seq_max_abs_log_ratio",
 )
 NAMES_WIDTH = 16
@@ -165,10 +183,24 @@ def _sequences(summary: AuditSummary) -> list[Group]:
     return parts + ([titled("D_seq: mean over sequences", totals, *methods)] if totals.row_count else [])
 
 
+def _widths(summary: AuditSummary) -> list[Group]:
+    """How far the bounds are apart; each grade for itself."""
+    return [_width_table(grade, found) for grade, found in summary.bound_widths.items()]
+
+
+def _width_table(grade: str, found: BoundWidths) -> Group:
+    table = table_of("", "mean", "p50", "p90", "p99", "max")
+    for name, spread in {**found.tokens, **found.sequences}.items():
+        row(table, name, spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
+    sure = "rigorous" if grade == "interval" else at_confidence(found.confidence)
+    return titled(f"Width of the bounds, upper less lower ({grade}, {sure})", table)
+
+
 def _acceptance(summary: AuditSummary) -> list[Group]:
-    """Share kept at round thresholds; the others are in the JSON."""
+    """Share kept at round thresholds, of the criteria's statistics first; the others are in the JSON."""
     curves, deltas = summary.acceptance_curves.curves, summary.acceptance_curves.deltas
-    shown = [name for name in _SHOWN_CURVES if name in curves][:4]
+    own = given_thresholds(summary.thresholds)
+    shown = [name for name in sorted(_SHOWN_CURVES, key=lambda name: name not in own) if name in curves][:4]
     table = table_of("delta", *(name.removeprefix("seq_") for name in shown))
     for delta in _SHOWN_DELTAS if shown else ():
         row(table, f"{delta:g}", *(percent(curves[name].share[deltas.index(delta)]) for name in shown))
@@ -266,7 +298,7 @@ def _breakdowns(summary: AuditSummary) -> list[Group]:
 
 def _breakdown(name: str, found: list[Category]) -> Table:
     present = {divergence for category in found for divergence in category.divergences}
-    main = [divergence for divergence in ("kl", "kl_upper", "k3", "k2") if divergence in present][:2]
+    main = [divergence for divergence in ("kl", "kl_estimate", "kl_upper", "k3", "k2") if divergence in present][:2]
     table = table_of(name, "n", "kept", *(f"{kind}\n{d}" for d in main for kind in ("mean", "max")))
     for category in found[:SHOWN_CATEGORIES]:
         cells: list[float | None] = []
@@ -292,6 +324,7 @@ SECTIONS = (
     _targets,
     _tokens,
     _sequences,
+    _widths,
     _metrics,
     _acceptance,
     _bounds,

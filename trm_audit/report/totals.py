@@ -62,14 +62,16 @@ class Evidence:
     """From which columns one grade's bounds are computed, and what may be said of them.
 
     Attributes:
+        told_by: statistics that tell rows of this evidence where no grade is given.
         kl_max: D whose `seq_max_D` stands for delta.
         kl_seq: D whose `seq_sum_D` stands for D_seq.
         tv_max: D whose `seq_max_D` stands for eps, or None: then Pinsker alone.
         tv_token: per-token quantity whose mean by position stands for Dbar_t.
-        label: one sentence for the reader.
+        label: one sentence for the reader; `{confidence}` stands for that of the bounds.
         suffix: of the names of its bounds, so that exact and estimated never share one.
     """
 
+    told_by: tuple[str, str]
     kl_max: str
     kl_seq: str
     tv_max: str | None
@@ -79,8 +81,27 @@ class Evidence:
 
 
 EVIDENCE = {
-    "exact": Evidence("kl", "kl", "tv", "tv", "from exact divergences at the contexts that were sampled", ""),
+    "exact": Evidence(
+        ("seq_max_kl", "seq_sum_kl"),
+        "kl",
+        "kl",
+        "tv",
+        "tv",
+        "from exact divergences at the contexts that were sampled",
+        "",
+    ),
+    "sketch": Evidence(
+        ("seq_max_kl_estimate", "seq_sum_kl_estimate"),
+        "kl_upper",
+        "kl_upper",
+        "tv_upper",
+        "tv_upper",
+        "from upper bounds of sketches at the contexts that were sampled: delta and eps, the largest, hold each "
+        "{confidence}; D_seq and Dbar_t are means of such bounds",
+        "_upper",
+    ),
     "interval": Evidence(
+        ("seq_max_kl_upper", "seq_sum_kl_upper"),
         "kl_upper",
         "kl_upper",
         "tv_upper",
@@ -89,6 +110,7 @@ EVIDENCE = {
         "_upper",
     ),
     "sampled": Evidence(
+        ("seq_max_k2", "seq_sum_k3"),
         "k2",
         "k3",
         None,
@@ -180,18 +202,26 @@ class DivergenceTotals:
 def evidence_rows(batch: ScoreBatch, name: str) -> Bools:
     """[rows] rows that carry one kind of evidence, those without policy tokens included.
 
-    `sampled` statistics exist at every grade, so they take all rows; `exact` and `interval` take those of their grade
-    and, where no grade is given, those that have the statistics.
+    `sampled` statistics exist at every grade, so they take all rows; the others take those of their grade and, where no
+    grade is given, those that have the statistics. Bounds tell `interval` only where there is no estimate beside them.
     """
-    kl_seq, kl_max = f"seq_sum_{EVIDENCE[name].kl_seq}", f"seq_max_{EVIDENCE[name].kl_max}"
-    found = ~np.isnan(batch.filled(kl_seq)) | ~np.isnan(batch.filled(kl_max))
-    if batch.has(kl_seq) or batch.has(kl_max):
+    found = _told(batch, name)
+    if name == "interval":
+        found &= ~_told(batch, "sketch")
+    if any(map(batch.has, EVIDENCE[name].told_by)):
         found |= batch.empty()
     grades, codes = batch.codes("grade")
     if name == "sampled":
         return found
     out: Bools = np.where(codes >= 0, codes == (grades.index(name) if name in grades else -2), found)
     return out
+
+
+def _told(batch: ScoreBatch, name: str) -> Bools:
+    """[rows] rows with one of the statistics that tell a kind of evidence."""
+    first, second = (~np.isnan(batch.filled(column)) for column in EVIDENCE[name].told_by)
+    found: Bools = first | second
+    return found
 
 
 @dataclass

@@ -29,7 +29,7 @@ MAX_RESPONSE = 120
 MAX_PROMPT = 60
 """Tokens shown of the prompt, its last ones."""
 
-MEAN_DIVERGENCES = ("kl", "kl_upper", "k3")
+MEAN_DIVERGENCES = ("kl", "kl_estimate", "kl_upper", "k3")
 """Of each row the first that it has."""
 
 _SHOWN = ("group_id", "engine", "staleness", "reward", "num_tokens", "prompt_ids", "response_ids")
@@ -108,7 +108,8 @@ class WorstTotals:
     """The sequences with the largest maximum of the divergence that decides, and with the largest mean.
 
     Args:
-        thresholds: `max_of` is what the maximum is of; None takes of each row the first of kl, kl_lower and k2.
+        thresholds: `max_of` is what the maximum is of; None takes of each row the first of kl, kl_estimate,
+            kl_lower and k2.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -165,8 +166,8 @@ class WorstTotals:
 def _deciding(max_of: str | None) -> tuple[str, ...]:
     """The divergences that a threshold on the maximum may be compared with, the best first."""
     if max_of is None:
-        return "kl", "kl_lower", "k2"
-    return (max_of, f"{max_of}_lower") if max_of in ("kl", "tv") else (max_of,)
+        return "kl", "kl_estimate", "kl_lower", "k2"
+    return {"kl": ("kl", "kl_estimate", "kl_lower"), "tv": ("tv", "tv_lower")}.get(max_of, (max_of,))
 
 
 def _order(values: Floats, ids: pa.Array, rows: Ints) -> Ints:

@@ -15,9 +15,9 @@ from trm_audit.report.shown import number, percent
 from trm_audit.report.summary import AuditSummary, BoundsBlock, CombinedAcceptance
 
 CURVES = {
-    "max": ("kl", "kl_lower", "kl_upper", "k2", "abs_log_ratio"),
-    "mean": ("kl", "kl_lower", "kl_upper", "k3", "abs_log_ratio"),
-    "sum": ("kl", "kl_lower", "kl_upper", "k3"),
+    "max": ("kl", "kl_estimate", "kl_lower", "kl_upper", "k2", "abs_log_ratio"),
+    "mean": ("kl", "kl_estimate", "kl_lower", "kl_upper", "k3", "abs_log_ratio"),
+    "sum": ("kl", "kl_estimate", "kl_lower", "kl_upper", "k3"),
 }
 """Statistic -> the divergences that criteria take by default, or that logs show; the JSON has all."""
 

@@ -18,11 +18,25 @@ from trm_audit.report.page.svg import NUM_SHADES, Alt
 from trm_audit.report.shown import number
 from trm_audit.report.summary import AuditSummary, Quantiles
 
-DIVERGENCES = ("kl", "kl_lower", "kl_upper", "k3", "k2", "abs_log_ratio", "tv")
+DIVERGENCES = (
+    *("kl", "kl_estimate", "kl_lower", "kl_upper", "k3", "k2", "abs_log_ratio"),
+    *("tv", "tv_lower", "tv_upper"),
+)
 """In the order in which a reader wants them; the first that the data have leads."""
-STYLE = {"kl": 0, "k3": 1, "abs_log_ratio": 2, "k2": 3, "tv": 4, "kl_lower": 5, "kl_upper": 6}
+STYLE = {
+    "kl": 0,
+    "k3": 1,
+    "abs_log_ratio": 2,
+    "k2": 3,
+    "tv": 4,
+    "kl_lower": 5,
+    "kl_upper": 6,
+    "kl_estimate": 7,
+    "tv_lower": 8,
+    "tv_upper": 9,
+}
 """Divergence -> its style in every figure."""
-_DISTRIBUTED = ("kl", "kl_lower", "kl_upper", "k3", "abs_log_ratio")
+_DISTRIBUTED = ("kl", "kl_estimate", "kl_lower", "kl_upper", "k3", "abs_log_ratio")
 _DRAWN_BINS = 30
 _PROBABILITIES = (0.0, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Ticks of the density."""
@@ -66,7 +80,7 @@ def distance(summary: AuditSummary) -> list[Figure]:
 def _distribution(summary: AuditSummary, prefix: str, title: str, unit: str, delta: float | None) -> list[Figure]:
     """The leading divergences; of tokens with a logarithmic axis of counts, because their tail is the finding."""
     spreads = summary.sequences if prefix else summary.tokens
-    names = [d for d in _DISTRIBUTED[: 4 if prefix else 5] if prefix + d in summary.distributions][:3]
+    names = [d for d in _DISTRIBUTED[: 5 if prefix else 6] if prefix + d in summary.distributions][:3]
     found = {d: summary.distributions[prefix + d] for d in names}
     together = drawn_together(found.values())
     series = [steps(d, x, together, STYLE[d]) for d, x in found.items() if x.counts]

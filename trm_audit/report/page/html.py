@@ -78,12 +78,12 @@ def _main_spreads(summary: AuditSummary) -> dict[str, Quantiles]:
 
 
 def _delta_tables(summary: AuditSummary) -> list[tuple[str, DeltaTable, bool]]:
-    """Statistic, its table, and whether it stands open: those of the leading divergence of each kind."""
+    """Statistic, its table, and whether it stands open: the criteria's, and the leading divergence of each kind."""
     leading = {}
     for kind in ("max", "mean", "sum"):
         names = [f"seq_{kind}_{d}" for d in figures.DIVERGENCES]
         leading[kind] = next((name for name in names if name in summary.delta_tables), None)
-    open_ones = {leading["max"], leading["mean"]}
+    open_ones = {leading["max"], leading["mean"], *given_thresholds(summary.thresholds)}
     found = [(name, table, name in open_ones) for name, table in summary.delta_tables.items() if table.rows]
     return sorted(found, key=lambda entry: not entry[2])
 

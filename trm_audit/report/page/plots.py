@@ -29,6 +29,9 @@ STYLES = (
     ("c4", (0, (3, 1, 1, 1, 1, 1)), "v"),
     ("c5", (0, (8, 2)), "P"),
     ("c6", (0, (2, 1)), "X"),
+    ("c0", (0, (3, 0.8)), "p"),
+    ("c4", (0, (5, 3)), "<"),
+    ("c4", (0, (1, 2.5)), ">"),
 )
 """Colour role, dash and marker: no two lines differ by colour alone."""
 

@@ -11,7 +11,7 @@ from trm_audit.report.page.plots import Panel, Series, chart
 from trm_audit.report.shown import number, percent
 from trm_audit.report.summary import AuditSummary, Category
 
-_LEADING = ("kl", "k3", "kl_upper", "k2", "abs_log_ratio", "kl_lower", "tv")
+_LEADING = ("kl", "kl_estimate", "k3", "kl_upper", "k2", "abs_log_ratio", "kl_lower", "tv")
 _MOST = 200
 """Categories in a figure: the freshest where there are more; the JSON has all."""
 _BINS = (
