@@ -28,7 +28,7 @@ HEAVY = {"torch", "transformers", "scipy", "rich", "pyarrow", "numpy", "safetens
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "console": set(),
-    "flags": set(),
+    "flags": {"rollout"},
     "numerics": {"numerics"},
     "rollout": {"numerics"},
     "criteria": {"criteria", "rollout", "errors", "numerics"},

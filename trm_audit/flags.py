@@ -123,8 +123,33 @@ def criteria_flags(command: F) -> F:
     return command
 
 
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i].")
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
+)
+VOCAB_SIZE = click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Cut both sides to the first N tokens (padded vocabularies).",
+)
+MAX_TOKENS = click.option(
+    "--max-tokens", type=click.IntRange(1), help="Tokens of one forward [default: 4096 CPU, 16384 GPU]."
+)
+CONFIDENCE = click.option(
+    "--confidence",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="That the bounds from sketches hold at all positions of a sequence.",
+)
+MEASURING_FLAGS = (DEVICE, DTYPE, VOCAB_SIZE, MAX_TOKENS, CONFIDENCE)
+
 MODEL_FLAGS = (
-    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
+    DEVICE,
     click.option(
         "--devices",
         type=Devices(),
@@ -136,13 +161,7 @@ MODEL_FLAGS = (
         type=click.Choice(["auto"]),
         help="auto spreads a model that is larger than a GPU over all of them (needs accelerate).",
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="Precision of the forward; auto is float32 on a CPU, bfloat16 on a GPU.",
-    ),
+    DTYPE,
     click.option(
         "--head-dtype",
         type=click.Choice(["auto", "float32"]),
@@ -150,12 +169,8 @@ MODEL_FLAGS = (
         show_default=True,
         help="Precision of the head; auto is that of --dtype, float32 leaves its products unrounded.",
     ),
-    click.option(
-        "--vocab-size",
-        type=click.IntRange(1),
-        help="Cut both sides to the first N tokens (padded vocabularies).",
-    ),
-    click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one forward [default: 4096 CPU, 16384 GPU]."),
+    VOCAB_SIZE,
+    MAX_TOKENS,
     click.option(
         "--head-rows",
         type=click.IntRange(1),
@@ -163,13 +178,7 @@ MODEL_FLAGS = (
         show_default=True,
         help="Positions whose logits exist at once.",
     ),
-    click.option(
-        "--confidence",
-        type=float,
-        default=0.95,
-        show_default=True,
-        help="That the bounds from sketches hold at all positions of a sequence.",
-    ),
+    CONFIDENCE,
     click.option(
         "--sharing",
         type=click.Choice(["auto", "tree", "fork", "packed", "padded"]),
@@ -196,6 +205,75 @@ MODEL_FLAGS = (
 def model_flags(command: F) -> F:
     """The flags of score that say where and how the model runs."""
     for option in reversed(MODEL_FLAGS):
+        command = option(command)
+    return command
+
+
+SAMPLING_FLAGS = (
+    click.option("--temperature", type=float, default=1.0, help="Of rows that do not state theirs [default: 1]."),
+    click.option("--top-p", type=float, default=1.0, help="Of rows that do not state theirs [default: 1]."),
+    click.option("--top-k", type=int, default=-1, help="Of rows that do not state theirs [default: off]."),
+    click.option(
+        "--logprobs-mode",
+        type=click.Choice(["raw", "tempered", "processed"]),
+        help="Stage of the stored values of rows that do not state it.",
+    ),
+)
+
+
+def sampling_flags(command: F) -> F:
+    """How rows were sampled that do not say so; they arrive as `defaults` (a `Sampling`) and `mode_given`."""
+
+    @wraps(command)
+    def call(*args: Any, temperature: float, top_p: float, top_k: int, logprobs_mode: str | None, **rest: Any) -> Any:
+        from trm_audit.rollout import Sampling
+
+        defaults = Sampling(temperature, top_p, top_k, logprobs_mode or "raw")
+        return command(*args, defaults=defaults, mode_given=logprobs_mode is not None, **rest)
+
+    for option in reversed(SAMPLING_FLAGS):
+        call = option(call)
+    return call  # type: ignore[return-value]  # the same command, called with other arguments
+
+
+PACK_FLAGS = (
+    click.option(
+        "--to",
+        metavar="sketch:K,m | topk:K | sampled | q16",
+        help="What full logits become: a sketch of each distribution, its top K, the sampled value alone, "
+        "or log-probabilities of 16 bits.",
+    ),
+    click.option("-o", "--output", help="Output folder."),
+    click.option("--plan", is_flag=True, help="Print what each choice of K and m costs and loses; write nothing."),
+    click.option(
+        "--tokens",
+        type=click.IntRange(1),
+        default=1000,
+        show_default=True,
+        help="Measure --plan on about so many tokens.",
+    ),
+    click.option("--seed", type=int, default=1, show_default=True, help="Of the sketches' signs."),
+    click.option(
+        "--model", type=click.Path(path_type=Path), help="Checkpoint folder to measure with what verdicts lose."
+    ),
+    click.option(
+        "--delta",
+        "deltas",
+        type=click.FloatRange(min=0, min_open=True),
+        multiple=True,
+        default=(0.02, 0.05, 0.1),
+        show_default=True,
+        help="Threshold of a sequence's largest KL at which verdicts are compared. Repeatable.",
+    ),
+    click.option(
+        "--measure", type=Percentage(), help="Measure the loss on a share of the groups, as 1% [default: 8 rollouts]."
+    ),
+)
+
+
+def pack_flags(command: F) -> F:
+    """The flags of pack, with those of the model that measures what is lost."""
+    for option in reversed((*PACK_FLAGS, *MEASURING_FLAGS)):
         command = option(command)
     return command
 
@@ -248,6 +326,9 @@ def report_flags(command: F) -> F:
     return call  # type: ignore[return-value]  # the same command, called with fewer arguments
 
 
+SKIP_BAD = click.option(
+    "--skip-bad", is_flag=True, help="Go on without bad rows and shards; exit code 4 if there were any."
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another run's output in the same folder.")
 ALLOW_PARTIAL = click.option("--allow-partial", is_flag=True, help="Take a score folder whose run has not finished.")
 OUTPUT = click.option("-o", "--output", required=True, help="Output folder, or - for an Arrow stream on stdout.")

@@ -12,6 +12,7 @@ from here, nor the engine.
 """
 
 from trm_audit.record.evidence import Recipe, TokenEvidence, evidence
+from trm_audit.record.writer import RolloutWriter
 from trm_audit.rollout import Sampling
 
-__all__ = ["Recipe", "Sampling", "TokenEvidence", "evidence"]
+__all__ = ["Recipe", "RolloutWriter", "Sampling", "TokenEvidence", "evidence"]

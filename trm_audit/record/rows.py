@@ -190,7 +190,7 @@ def _checked_evidence(evidence: TokenEvidence, tokens: NDArray[np.int32], place:
             place=place,
             next_step="Entry t is of the logits that token t was drawn from: nothing is shifted.",
         )
-    bad = np.flatnonzero(~np.isfinite(arrays["logprobs"] + arrays["tail_mass"]))
+    bad = np.flatnonzero(~(np.isfinite(arrays["logprobs"]) & np.isfinite(arrays["tail_mass"])))
     if len(bad):
         raise BadInput(
             f"evidence {bad[0]} is not finite: NaN or +inf among the logits, or a token that had -inf",

@@ -34,7 +34,7 @@ from trm_audit.record.writer import RolloutWriter
 from trm_audit.rollout import Sampling
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig
 
 HELD_LOGITS = 1 << 22
 """Logits of several steps are worked on together, up to so many (16 MB in float32): the signs are then read once for
@@ -87,7 +87,7 @@ class GenerateRecorder:
 
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -234,7 +234,7 @@ def _watched(criteria: Any, steps: _Steps) -> Any:
     return Watched(criteria)
 
 
-def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
+def _check_mode(model: Any, config: GenerationConfig) -> None:
     mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
     if mode == "greedy_search":
         raise UsageError(
@@ -264,7 +264,7 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """Token ids without padding."""
     ids = input_ids.tolist()
     if mask is None:
-        return ids  # type: ignore[no-any-return]
+        return ids
     return [
         [one for one, there in zip(row, m, strict=True) if there] for row, m in zip(ids, mask.tolist(), strict=True)
     ]
@@ -295,7 +295,7 @@ def _groups(rows: int, per_prompt: int) -> list[str | None]:
     return [names[row // per_prompt] for row in range(rows)]
 
 
-def _synced(model: PreTrainedModel) -> bool:
+def _synced(model: Any) -> bool:
     """Whether ranks wait for each other until all have ended: `generate` decides it, and does not say so here."""
     return bool(model._extract_generation_mode_kwargs(None, {}, None, None, None).get("synced_gpus", False))
 

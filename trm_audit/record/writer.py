@@ -15,11 +15,11 @@ What is not known while sampling may be absent. To add rewards later, read a sha
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from multiprocessing.util import Finalize
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -82,13 +82,13 @@ class RolloutWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot be made ({error.strerror or error})", place=str(self.folder)) from error
-        atexit.register(self.close)
 
     def _start(self) -> None:
         self._name, self._process, self._lock = uuid.uuid4().hex[:12], os.getpid(), Lock()
         self._rows: list[Row] = []
         self._seen: set[str] = set()
         self._shards, self._bytes, self._since = 0, 0, 0.0
+        self._at_exit = Finalize(None, self.close, exitpriority=0)  # atexit is not run in processes of multiprocessing
 
     def _own(self) -> None:
         """In a forked child this is another writer: the rows at hand are its parent's to write."""
@@ -204,7 +204,7 @@ class RolloutWriter:
         """Publishes the rows at hand; nothing can be added any more. Closing again does nothing."""
         self.flush()
         self._closed = True
-        atexit.unregister(self.close)
+        self._at_exit.cancel()
 
     def _publish(self) -> None:
         if not self._rows:

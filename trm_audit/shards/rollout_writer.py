@@ -89,7 +89,7 @@ class LogitsTableWriter:
         self.encoding = encoding
         self._row_group_bytes = row_group_bytes
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._seen: set[str] = set()
+        self._added: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
         self._writer: pq.ParquetWriter | None = None
@@ -105,27 +105,30 @@ class LogitsTableWriter:
         )
         return self
 
-    def add(self, rollout_id: str, logits: NDArray[Any]) -> None:
-        """Append all logits of one rollout; a response without tokens adds nothing.
+    def add(self, rollout_id: str, logits: NDArray[Any], *, start: int = 0) -> None:
+        """Append logits of one rollout, all at once or in pieces; a response without tokens adds nothing.
 
         Args:
             rollout_id: names the rollout; once per file.
-            logits: [T, V], row t the distribution that `response_ids[t]` was drawn from. float32 or float16 values;
-                for the encoding `bfloat16`, bit patterns as uint16; `q16` takes any of these.
+            logits: [T, V], row t the distribution that `response_ids[start + t]` was drawn from. float32 or float16
+                values; for the encoding `bfloat16`, bit patterns as uint16; `q16` takes any of these.
+            start: response position of the first row; pieces of a long response follow one another without a gap.
 
         Raises:
-            BadInput: the rollout was added before, the shape or type does not fit, rule 11 forbids a value, or the
-                values of a row span more than q16 holds.
+            BadInput: the rollout was added before, a piece does not follow the one before it, the shape or type does
+                not fit, rule 11 forbids a value, or the values of a row span more than q16 holds.
         """
         if self._writer is None:
             raise UsageError("LogitsTableWriter is used outside its with block")
         place = f"{self.path.name} (rollout_id={rollout_id})"
-        if rollout_id in self._seen:
+        if start == 0 and rollout_id in self._added:
             raise BadInput("logits of this rollout were added before", place=place, next_step="Add each rollout once.")
+        if start != self._added.get(rollout_id, 0):
+            raise BadInput(f"a piece begins at {start}, {self._added.get(rollout_id, 0)} is next", place=place)
         stored = _encode(logits, self.encoding, place)
-        self._seen.add(rollout_id)
-        for start in range(0, len(stored), BLOCK_POSITIONS):
-            self._append(rollout_id, start, logits.shape[1], stored[start : start + BLOCK_POSITIONS])
+        self._added[rollout_id] = start + len(stored)
+        for at in range(0, len(stored), BLOCK_POSITIONS):
+            self._append(rollout_id, start + at, logits.shape[1], stored[at : at + BLOCK_POSITIONS])
 
     def _append(self, rollout_id: str, start: int, vocab_size: int, block: NDArray[Any]) -> None:
         data = block.tobytes()

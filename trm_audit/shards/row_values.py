@@ -88,7 +88,7 @@ def read_topk(
     entry_token = np.repeat(np.flatnonzero(there), flat.lengths)
     logprobs = flat.values.astype(np.float64)
     tokens = np.nan_to_num(flat_ids.values.astype(np.float64), nan=-1).astype(np.int64)  # null ids are NaN
-    _check_topk(rows, response, mask, sampling, entry_token, tokens, logprobs, vocab_size)
+    _check_topk(rows, response, mask, sampling, entry_token, tokens, logprobs, step, vocab_size)
     keep = mask[entry_token] & ~np.isneginf(logprobs)
     lengths = np.bincount(entry_token[keep], minlength=len(response.values))
     short = np.flatnonzero(there & mask & (lengths == 0))
@@ -119,6 +119,7 @@ def _check_topk(
     token: Ints,
     ids: Ints,
     logprobs: Floats,
+    rounding: float,
     vocab_size: int | None,
 ) -> None:
     limit = np.iinfo(np.int32).max if vocab_size is None else vocab_size
@@ -131,7 +132,8 @@ def _check_topk(
         bad_value = looked_at & ~fill & ~((logprobs <= ROUNDING) & (logprobs > PLACEHOLDER))
         same_token = token[1:] == token[:-1]
         rising = looked_at[1:] & same_token & ~(logprobs[1:] <= logprobs[:-1])
-    mass = np.bincount(token, np.where(np.isfinite(logprobs), np.exp(np.minimum(logprobs, 0)), 0), len(mask))
+    least = np.minimum(logprobs, 0) * (1 + rounding)  # as rounding may have raised them
+    mass = np.bincount(token, np.where(np.isfinite(logprobs), np.exp(least), 0), len(mask))
     order = np.lexsort((ids, token))
     twice = (ids[order][1:] == ids[order][:-1]) & (token[order][1:] == token[order][:-1])
     twice &= looked_at[order][1:] & ~fill[order][1:]
