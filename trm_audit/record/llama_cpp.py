@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +48,7 @@ OFF: dict[str, object] = {
 }
 """Settings that change the distribution in ways that are not rebuilt here, and their value when they are off."""
 HARMLESS = {"tokens", "reset", "penalize_nl", "mirostat_tau", "mirostat_eta", "logits_processor", "stopping_criteria"}
+AFTER = "Call finish() once after each completion, at the end of its stream."
 LOOSER = 1e-4
 """What a threshold may be off by rounding, relative to it, before a drawn token speaks against the settings."""
 
@@ -88,9 +89,7 @@ def sampled_logits(scores: Row, token: int, settings: Settings) -> Row:
     """
     kept = scores >= _threshold(scores, settings)
     if not kept[token]:
-        looser = Settings(
-            settings.top_k, settings.top_p * (1 + LOOSER), settings.min_p * (1 - LOOSER), settings.temperature
-        )
+        looser = replace(settings, top_p=settings.top_p * (1 + LOOSER), min_p=settings.min_p * (1 - LOOSER))
         if not scores[token] >= _threshold(scores, looser):
             raise BadInput(
                 f"llama.cpp drew token {token}, which {settings} rule out",
@@ -120,9 +119,9 @@ def _top_p_threshold(scores: Row, threshold: np.float32, in_order: bool, top_p: 
     llama.cpp normalises in the order of the tokens, after top-k in that of the logits.
     """
     values = np.sort(scores[scores >= threshold])[::-1]
-    roots = np.exp(values - values[0])
-    summed = np.exp(scores - values[0]) if in_order else roots
-    reached = np.cumsum(roots / np.cumsum(summed)[-1])
+    odds = np.exp(values - values[0])
+    summed = np.exp(scores - values[0]) if in_order else odds
+    reached = np.cumsum(odds / np.cumsum(summed)[-1])
     return np.float32(values[min(int(np.searchsorted(reached, top_p)), len(values) - 1)])
 
 
@@ -130,7 +129,7 @@ class LlamaRecorder:
     """Context manager that records all that one `Llama` samples, until it is closed.
 
     Args:
-        folder: for the shards, or a RolloutWriter that several recorders may share; the latter is not closed here.
+        target: a folder for the shards, or a RolloutWriter, which its owner closes.
         llm: a `llama_cpp.Llama`. Its `generate` is replaced meanwhile, on this one object.
         recipe: what is kept of each distribution; `Recipe()` by default.
 
@@ -144,13 +143,13 @@ class LlamaRecorder:
     tokens of a stop string too. Where `min_p` was on, the column `min_p` says so.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | RolloutWriter, llm: Any, *, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self, target: str | os.PathLike[str] | RolloutWriter, llm: Any, *, recipe: Recipe | None = None
+    ) -> None:
         if "generate" in vars(llm):
-            raise UsageError(
-                "this Llama is being recorded already", next_step="Close the other recorder first, or use that one."
-            )
-        self._owns_writer = not isinstance(folder, RolloutWriter)
-        self.writer = folder if isinstance(folder, RolloutWriter) else RolloutWriter(folder, engine="llama.cpp")
+            raise UsageError("this Llama is being recorded already", next_step="Close the other recorder first.")
+        self._owns_writer = not isinstance(target, RolloutWriter)
+        self.writer = target if isinstance(target, RolloutWriter) else RolloutWriter(target, engine="llama.cpp")
         self.recipe = recipe or Recipe()
         self._llm, self._generate = llm, llm.generate
         self._latest: _Generation | None = None
@@ -181,9 +180,7 @@ class LlamaRecorder:
         A rollout that is not finished when the next one begins, or on closing, is stored without these columns.
         """
         if self._latest is None:
-            raise UsageError(
-                "there is no rollout to finish", next_step="Call finish() once after each completion that is recorded."
-            )
+            raise UsageError("there is no rollout to finish", next_step=AFTER)
         if completion is not None:
             columns.setdefault("finish_reason", completion["choices"][0]["finish_reason"])
         latest, self._latest = self._latest, None
@@ -215,9 +212,11 @@ class LlamaRecorder:
         call.arguments["logits_processor"] = [*(call.arguments["logits_processor"] or ()), mine.hold]
         if self._latest is not None:
             self.finish()
-        steps = self._generate(*call.args, **call.kwargs)
-        guesses = None
+        self._latest = mine
+        steps, guesses = self._generate(*call.args, **call.kwargs), None
         while True:
+            if self._latest is not mine:
+                raise UsageError("a response went on after its rollout was finished", next_step=AFTER)
             try:
                 token = steps.send(guesses)
                 mine.drew(token)
@@ -226,7 +225,6 @@ class LlamaRecorder:
             except BaseException:
                 self._latest = None
                 raise
-            self._latest = mine
             guesses = yield token
 
 
@@ -258,7 +256,7 @@ class _Generation:
         if scores is None or len(scores) != self._vocab_size:
             raise BadInput(
                 f"llama.cpp drew token {len(self.response)} of a response and did not show all its logits",
-                next_step="A sampler in its backend cannot be recorded: leave the tokens to the sampler of Llama.",
+                next_step="Did another logits processor fail? llama-cpp-python prints such errors and goes on.",
             )
         self._rows.append(sampled_logits(scores, token, self.settings))
         self.response.append(int(token))
@@ -288,7 +286,7 @@ def _settings(call: inspect.BoundArguments) -> Settings:
         if value != off and not (name == "typical_p" and value > 1):
             raise UsageError(
                 f"{name}={value!r} changes the distribution in a way that is not recorded",
-                next_step=f"Sample with {name}={off!r}. Temperature, top_k, top_p, min_p and logits processors are fine.",
+                next_step=f"Sample with {name}={off!r}. Temperature, top_k, top_p and min_p are fine.",
             )
     settings = Settings(int(given["top_k"]), float(given["top_p"]), float(given["min_p"]), float(given["temp"]))
     if not (0 < settings.temperature < np.inf and settings.top_p > 0 and settings.min_p <= 1):
