@@ -147,6 +147,20 @@ def test_a_rollout_is_added_once(tmp_path: Path) -> None:
             writer.add("a", some_logits(2))
 
 
+def test_pieces_of_a_long_response_follow_one_another_without_a_gap(tmp_path: Path) -> None:
+    x = some_logits(150)
+    with LogitsTableWriter(tmp_path / "logits-pieces.parquet", "float32") as writer:
+        with pytest.raises(BadInput, match="begins at 3, 0 is next"):
+            writer.add("a", x, start=3)
+        writer.add("a", x[:70])
+        with pytest.raises(BadInput, match="begins at 60, 70 is next"):
+            writer.add("a", x[60:], start=60)
+        writer.add("a", x[70:], start=70)
+    table = pq.read_table(tmp_path / "logits-pieces.parquet")
+    assert table["start"].to_pylist() == [0, 64, 70, 134]
+    np.testing.assert_array_equal(np.frombuffer(b"".join(table["data"].to_pylist()), np.float32), x.ravel())
+
+
 def test_a_writer_that_fails_leaves_no_file(tmp_path: Path) -> None:
     def fail_half_way() -> None:
         with LogitsTableWriter(tmp_path / "logits-00000.parquet", "float32") as writer:

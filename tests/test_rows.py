@@ -109,6 +109,26 @@ def test_equal_values_may_come_in_any_order_and_a_little_rounding_is_forgiven() 
     assert list(batch.grade) == ["interval"]
 
 
+def test_halves_may_sum_to_more_than_1_by_their_rounding() -> None:
+    flat = np.full(56, -np.log(56)).astype(np.float16)
+    assert np.exp(flat.astype(np.float64)).sum() > 1.001
+    values = pa.array([[flat]], pa.list_(pa.list_(pa.float16())))
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "rollout_id": ["a"],
+            "prompt_ids": pa.array([[1]], pa.list_(pa.int32())),
+            "response_ids": pa.array([[2]], pa.list_(pa.int32())),
+            "rollout_logprobs": pa.array([[flat[0]]], pa.list_(pa.float32())),
+            "rollout_topk_ids": pa.array([[range(56)]], pa.list_(pa.list_(pa.int32()))),
+            "rollout_topk_logprobs": values,
+        }
+    )
+    at = batch.schema.get_field_index("rollout_topk_logprobs")
+    assert read_rows(batch, "memory", np.arange(1), RowRules())[1] == []
+    single = batch.set_column(at, "rollout_topk_logprobs", values.cast(pa.list_(pa.list_(pa.float32()))))
+    assert "sum to 1.00" in read_rows(single, "memory", np.arange(1), RowRules())[1][0].cause
+
+
 def test_several_grades_share_a_batch_and_the_best_evidence_decides() -> None:
     batch, errors = read(rollout(0), rollout(1, "interval"), {**rollout(2), "response_ids": [], "rollout_logprobs": []})
     assert errors == []

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from trm_audit.numerics.intervals import intervals as intervals
     from trm_audit.pipeline.filter import FilterOptions as FilterOptions
     from trm_audit.pipeline.filter import filter_scores as filter_scores
+    from trm_audit.pipeline.pack import pack as pack
+    from trm_audit.pipeline.pack_loss import plan as plan
+    from trm_audit.pipeline.pack_options import PackOptions as PackOptions
+    from trm_audit.pipeline.pack_options import Target as Target
     from trm_audit.pipeline.report import ReportOptions as ReportOptions
     from trm_audit.pipeline.report import summarize as summarize
     from trm_audit.pipeline.score import score as score
@@ -45,8 +49,10 @@ _HOMES = {
     "Criteria": "criteria.thresholds",
     "FilterOptions": "pipeline.filter",
     "LogitsTableWriter": "shards.rollout_writer",
+    "PackOptions": "pipeline.pack_options",
     "ReportOptions": "pipeline.report",
     "ScoreOptions": "pipeline.trainer",
+    "Target": "pipeline.pack_options",
     "UsageError": "errors",
     "ValidateOptions": "pipeline.validate",
     "decide": "criteria.verdicts",
@@ -54,6 +60,8 @@ _HOMES = {
     "error_bounds": "numerics.bounds",
     "filter_scores": "pipeline.filter",
     "intervals": "numerics.intervals",
+    "pack": "pipeline.pack",
+    "plan": "pipeline.pack_loss",
     "sampled_divergences": "numerics.estimators",
     "score": "pipeline.score",
     "summarize": "pipeline.report",

@@ -27,12 +27,15 @@ from trm_audit.flags import (
     INPUTS,
     OUTPUT,
     OVERWRITE,
+    SKIP_BAD,
     Part,
     Percentage,
     columns_flag,
     criteria_flags,
     model_flags,
+    pack_flags,
     report_flags,
+    sampling_flags,
 )
 
 if TYPE_CHECKING:
@@ -79,14 +82,7 @@ def cli() -> None:
     help="Score with --model, or take the trainer's own values from the column trainer_logprobs.",
 )
 @model_flags
-@click.option("--temperature", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
-@click.option("--top-p", type=float, default=1.0, help="Of rows that do not state theirs [default: 1].")
-@click.option("--top-k", type=int, default=-1, help="Of rows that do not state theirs [default: off].")
-@click.option(
-    "--logprobs-mode",
-    type=click.Choice(["raw", "tempered", "processed"]),
-    help="Stage of the stored values of rows that do not state it.",
-)
+@sampling_flags
 @click.option("--trainer-version", type=int, help="Policy version of the model, for staleness.")
 @click.option(
     "--logits", type=click.Path(path_type=Path), multiple=True, help="Further side files with full logits. Repeatable."
@@ -97,17 +93,13 @@ def cli() -> None:
 @click.option(
     "--part", type=Part(), default="1/1", help="Score the i-th of n parts of the shards (Slurm arrays), as 3/8."
 )
-@click.option("--skip-bad", is_flag=True, help="Go on without bad rows and shards; exit code 4 if there were any.")
+@SKIP_BAD
 @OVERWRITE
 @click.option("--dry-run", is_flag=True, help="Count, time a few rows, and say how long it would take.")
 def score(
     inputs: tuple[str, ...],
     output: str | None,
     columns: tuple[tuple[str, str], ...],
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    logprobs_mode: str | None,
     dry_run: bool,
     **settings: Any,
 ) -> None:
@@ -115,14 +107,8 @@ def score(
     from trm_audit.pipeline.dry_run import dry_run as estimate
     from trm_audit.pipeline.score import score as run
     from trm_audit.pipeline.trainer import ScoreOptions
-    from trm_audit.rollout import Sampling
 
-    options = ScoreOptions(
-        columns=dict(columns),
-        defaults=Sampling(temperature, top_p, top_k, logprobs_mode or "raw"),
-        mode_given=logprobs_mode is not None,
-        **settings,
-    )
+    options = ScoreOptions(columns=dict(columns), **settings)
     if dry_run:
         found = estimate(inputs, options)
         of_all = f" of {found.devices:,} devices (one was measured)" if found.devices > 1 else ""
@@ -258,6 +244,56 @@ def _format_of(output: Path | None) -> str:
             next_step=f"Let it end in .{', .'.join(FORMATS)}, or give --format.",
         )
     return suffix
+
+
+@cli.command()
+@INPUTS
+@pack_flags
+@sampling_flags
+@columns_flag
+@SKIP_BAD
+@OVERWRITE
+def pack(
+    inputs: tuple[str, ...],
+    to: str | None,
+    output: str | None,
+    plan: bool,
+    tokens: int,
+    seed: int,
+    columns: tuple[tuple[str, str], ...],
+    **settings: Any,
+) -> None:
+    """Turn full logits into a few hundred bytes a token, and say what that loses.
+
+    The input is never touched. The output is rollout shards again, which score reads.
+    """
+    from rich.console import Console
+
+    from trm_audit.pipeline.pack import pack as run
+    from trm_audit.pipeline.pack_loss import plan as measure
+    from trm_audit.pipeline.pack_options import PackOptions, Target
+    from trm_audit.report.pack_tables import render_loss, render_plan
+
+    if plan == (to is not None) or plan == (output is not None):
+        raise UsageError(
+            "give --to and -o to pack, or --plan alone", place="pack", next_step="See trm-audit pack --help."
+        )
+    options = PackOptions(to=Target.parse(to or "sketch:20,64", seed), columns=dict(columns), **settings)
+    with watching("pack") as watch:
+        if plan:
+            losses = measure(inputs, options, tokens=tokens, progress=watch)
+        else:
+            result = run(inputs, str(output), options, progress=watch)
+    if plan:
+        render_plan(losses, Console(file=sys.stdout))
+        return
+    for sentence in result.sentences(options):
+        say(sentence)
+    if result.loss is not None:
+        render_loss(result.loss, Console(file=sys.stderr))
+    say(f"packed {result.packed:,} of {result.rows:,} rollouts in {duration(result.seconds)} -> {output}")
+    if result.num_skipped or result.bad_shards:
+        sys.exit(EXIT_PARTIAL)
 
 
 @cli.command()

@@ -14,6 +14,7 @@ from trm_audit.pipeline.devices import Scorers, scorers
 from trm_audit.pipeline.noise import measure_stream_noise
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.rollouts import RolloutLoop
+from trm_audit.pipeline.score_shards import check_finished
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
 from trm_audit.pipeline.worker import Job, Task, load
@@ -99,6 +100,7 @@ def score(
     selection = select(found.shards, options.columns, options.sample, options.limit)
     bad = [*found.bad, *selection.bad]
     _report_found(found.passed_over, bad, options, result, watch)
+    _warn_of_unfinished(found.shards, watch)
     job = Job(options, chosen_shards(found.shards, selection, options), selection)
     if not isinstance(output, str):
         _score_to_stream(job, output, result, watch)
@@ -143,6 +145,14 @@ def _report_found(
     for error in bad:
         watch.note(f"left out: {error}")
         result.bad_shards += 1
+
+
+def _warn_of_unfinished(shards: Sequence[Shard], watch: Progress) -> None:
+    """Rollouts that another command is still writing, or was killed over."""
+    try:
+        check_finished(shards)
+    except BadInput as error:
+        watch.note(f"Warning: {error.place}: {error.cause}; what is there is scored, run this again when the rest is")
 
 
 def _score_folder(job: Job, folder: OutputFolder, team: Scorers, result: ScoreResult, watch: Progress) -> None:

@@ -33,8 +33,8 @@ def score_columns(
         *TOKEN_SCORES,
         *SEQUENCE_COLUMNS,
         *_sequence_names(),
-        "rollout_logprobs_stored",
         "trainer_logprobs_stored",
+        *["rollout_logprobs_stored"] * rebuilds,
     }
     columns = carried(batch.columns, written - {"trainer_logprobs"})
     stored = columns.pop("trainer_logprobs", None)
