@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
 import pyarrow as pa
 import pytest
+import torch
+from models import tiny_model
 
 import trm_audit
 from trm_audit.cli import cli
@@ -71,6 +74,34 @@ def test_the_demo_gives_the_numbers_that_the_readme_shows(tmp_path: Path) -> Non
     assert f"adaptive_bound = {bound.published:.4g} (sharp {bound.sharp:.4g})" in README
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_pages_import_is_there(page: Path) -> None:
+    lines = re.findall(r"(?m)^from (trm_audit[\w.]*) import ([\w, ]+)$", page.read_text("utf-8"))
+    for module, names in lines:
+        for name in names.split(", "):
+            assert hasattr(import_module(module), name), (module, name)
+
+
+def test_the_lines_that_record_make_a_shard_that_can_be_audited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # GIVEN a model, two prompts and a reward for each response
+    (script,) = (block for block in blocks("python") if "GenerateRecorder" in block)
+    inputs = {"input_ids": torch.tensor([[3, 5, 2], [4, 9, 8]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    monkeypatch.chdir(tmp_path)
+    # WHEN the README's lines run
+    exec(
+        compile(script.replace("256", "8"), "README.md", "exec"),
+        {"model": tiny_model("llama"), "inputs": inputs, "rewards": [1.0, 0.0]},
+    )
+    # THEN two rollouts of grade sketch are there
+    result = trm_audit.validate(["rollouts/"], trm_audit.ValidateOptions())
+    assert (dict(result.grades), result.errors) == ({"sketch": 2}, [])
+
+
 def test_the_rows_that_the_readme_writes_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (script,) = (block for block in blocks("python") if "write_rollout_table(" in block)
     (tmp_path / "rollouts").mkdir()
@@ -81,7 +112,7 @@ def test_the_rows_that_the_readme_writes_are_valid(tmp_path: Path, monkeypatch: 
 
 
 def test_names_of_the_python_section_exist() -> None:
-    used = set(re.findall(r"trm_audit\.(\w+)", "\n".join(blocks("python"))))
+    used = set(re.findall(r"\btrm_audit\.(\w+)", re.sub(r"(?m)^from .*$", "", "\n".join(blocks("python")))))
     assert used <= set(trm_audit.__all__)
     assert {"score", "filter_scores", "summarize", "divergences", "error_bounds"} <= used
 
