@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 from some_rollouts import VOCAB, Row, as_table, log_softmax, rollout, write_shard
 from test_sketch import hashed
@@ -28,6 +29,7 @@ from trm_audit.pipeline.validate import ValidateOptions, validate
 from trm_audit.rollout import Sampling
 from trm_audit.shards.logits import StoredLogits
 from trm_audit.shards.rollout_writer import LogitsTableWriter, write_rollout_table
+from trm_audit.shards.sketches import sketch_columns
 
 TARGETS = ("sketch:5,64", "topk:5", "sampled", "q16")
 HALF = 2.0**-11
@@ -600,6 +602,109 @@ def test_half_and_bfloat16_logits_are_packed_as_they_are_read(tmp_path: Path) ->
         for t in range(6):
             values, ids = found["rollout_topk_logprobs"][t], found["rollout_topk_ids"][t]
             np.testing.assert_allclose(np.array(values, np.float64), logp[t][ids], rtol=HALF, atol=1e-6)
+
+
+def near_20(index: int) -> Row:
+    """A row whose logits are of the size of an engine's, where half precision rounds by more than a list's does."""
+    row = rollout(index, "exact", 40)
+    row["logits"] = np.random.default_rng([index, 2]).normal(20, 1, (40, VOCAB)).astype(np.float32)
+    row["response_ids"] = row["logits"].argmax(1).tolist()
+    row["rollout_logprobs"] = log_softmax(row["logits"]).max(1).astype(np.float32).tolist()
+    return row
+
+
+def write_rounded(folder: Path, rows: list[Row], encoding: Any) -> Path:
+    """A shard whose logits were rounded when they were stored; the sampled values are the engine's own."""
+    write_shard(folder / "part-0.parquet", rows)
+    with LogitsTableWriter(folder / "logits-part-0.parquet", encoding) as writer:
+        for row in rows:
+            if encoding == "bfloat16":
+                bits = torch.from_numpy(row["logits"]).bfloat16().view(torch.uint16)
+                writer.add(row["rollout_id"], bits.numpy())
+            else:
+                writer.add(row["rollout_id"], row["logits"].astype("f2" if encoding == "float16" else "f4"))
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("to", ["sketch:5,64", "topk:5"])
+def test_values_disagree_with_packed_rollouts_where_they_did_with_full_logits(
+    tmp_path: Path, checkpoint: Path, encoding: str, to: str
+) -> None:
+    # GIVEN an engine's own values beside logits that were rounded after they were taken, and one value that is wrong
+    rows = [near_20(0), near_20(1)]
+    rows[1]["rollout_logprobs"][7] -= 2.0
+    source = write_rounded(tmp_path / "in", rows, encoding)
+    # WHEN they are packed and scored
+    run_pack(source, tmp_path / "out", to)
+    score([str(source)], str(tmp_path / "exact"), ScoreOptions(model=checkpoint))
+    score([str(tmp_path / "out")], str(tmp_path / "packed"), ScoreOptions(model=checkpoint))
+    # THEN as many disagree as before
+    for scores in ("exact", "packed"):
+        assert [row["num_disagreements"] for row in rows_of(tmp_path / scores)] == [0, 1]
+    # and where logits were rounded, values are those of the list's distribution, and the engine's are kept
+    stored = StoredLogits([source / "logits-part-0.parquet"])
+    for row, packed in zip(rows, rows_of(tmp_path / "out"), strict=True):
+        if encoding == "float32":
+            assert packed["rollout_logprobs"] == row["rollout_logprobs"]
+            assert "rollout_logprobs_stored" not in packed
+            continue
+        logp = log_softmax(stored.rows(row["rollout_id"], 0, 40).double().numpy())[np.arange(40), row["response_ids"]]
+        if row is rows[1]:
+            logp[7] = row["rollout_logprobs"][7]
+        np.testing.assert_allclose(packed["rollout_logprobs"], logp, atol=2e-6)
+        np.testing.assert_array_equal(
+            np.float32(packed["rollout_logprobs_stored"]), np.float32(row["rollout_logprobs"])
+        )
+
+
+def test_without_a_list_the_engines_values_stay_which_are_finer_than_rounded_logits(tmp_path: Path) -> None:
+    source = write_rounded(tmp_path / "in", [near_20(0)], "float16")
+    run_pack(source, tmp_path / "out", "sampled")
+    (found,) = rows_of(tmp_path / "out")
+    assert found["rollout_logprobs"] == near_20(0)["rollout_logprobs"]
+    assert "rollout_logprobs_stored" not in found
+
+
+def test_values_that_all_disagree_are_left_as_they_are(tmp_path: Path) -> None:
+    row = near_20(0)
+    wrong = (np.array(row["rollout_logprobs"]) - 2).astype(np.float32).tolist()
+    source = write_rounded(tmp_path / "in", [{**row, "rollout_logprobs": wrong}], "float16")
+    run_pack(source, tmp_path / "out", "topk:5")
+    (found,) = rows_of(tmp_path / "out")
+    assert found["rollout_logprobs"] == wrong
+    assert found["rollout_logprobs_stored"] is None
+
+
+def test_lists_of_a_sketch_are_written_token_by_token_where_the_policy_sampled() -> None:
+    # GIVEN evidence of two rows around one without, some of whose lists are shorter
+    rng = np.random.default_rng(3)
+    masks = [np.array([True, False, True, True]), np.array([True, True]), np.zeros(0, bool), np.array([False, True])]
+    rows: list[dict[str, Any] | None] = []
+    for mask in masks:
+        n = int(mask.sum())
+        values = -np.sort(rng.exponential(3, (n, 3))).astype(np.float16)
+        values[n // 2 :, 2] = -np.inf
+        row = {name: np.full(n, -1.0, np.float32) for name in ("logprobs", "tail_mass", "entropy")}
+        row |= {"topk_ids": rng.integers(0, 99, (n, 3)), "topk_logprobs": values, "vectors": np.ones((n, 64), "<f2")}
+        rows.append(row | {"seed": np.array(1), "vocab_size": np.array(99)})
+    rows[1] = None
+    # WHEN they become columns THEN each list is that of its token, without filler, and empty elsewhere
+    found = sketch_columns(rows, masks)
+    for name in ("topk_ids", "topk_logprobs"):
+        wanted: list[list[list[Any]] | None] = []
+        for row, mask in zip(rows, masks, strict=True):
+            left = iter(range(3))
+            at = [next(left) if mine else None for mine in mask]
+            wanted.append(
+                None
+                if row is None
+                else [[] if i is None else row[name][i][row["topk_logprobs"][i] > -np.inf].tolist() for i in at]
+            )
+        assert found[f"rollout_{name}"].to_pylist() == wanted
+    assert found["rollout_topk_ids"].type == pa.list_(pa.list_(pa.int32()))
+    assert found["rollout_topk_logprobs"].type == pa.list_(pa.list_(pa.float16()))
+    assert len(sketch_columns([], [])["rollout_topk_ids"]) == 0
 
 
 @pytest.mark.parametrize(

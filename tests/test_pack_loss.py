@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import make_checkpoint
 from rich.console import Console
 from some_rollouts import Row, rollout
 from test_pack import STAGES, TARGETS, exact_row, rows_of, run_pack, write
 
+from trm_audit.cli import cli
 from trm_audit.errors import BadInput, RowError, UsageError
+from trm_audit.pipeline.pack import pack
 from trm_audit.pipeline.pack_loss import plan
-from trm_audit.pipeline.pack_options import PackOptions, PackResult
+from trm_audit.pipeline.pack_options import PackOptions, PackResult, Target
 from trm_audit.pipeline.score import ScoreOptions, score
 from trm_audit.report.pack_tables import (
     SEQUENCES,
@@ -24,6 +27,7 @@ from trm_audit.report.pack_tables import (
     Figures,
     Loss,
     Spread,
+    console_on,
     loss_of,
     plan_sentence,
     render_loss,
@@ -206,6 +210,43 @@ def test_tables_show_the_figures() -> None:
         assert part in shown
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_plan_names_every_choice_in_full_in_a_narrow_terminal(width: int) -> None:
+    # GIVEN the choices of a plan whose names are longest, and 304,128 bytes a token
+    names = ["sketch:8,64", "sketch:20,256", "sketch:256,256", "topk:20", "topk:256", "sampled", "q16"]
+    unknown = figures(k2=[0.1] * 4, kl=EXACT.sequences["seq_max_kl"].tolist())
+    losses = [loss_of(to, EXACT, unknown, [0.02, 0.05, 0.1], 608256.0, 304128.0) for to in names]
+    # WHEN they are shown in few columns THEN each is there whole, with its bytes, and nothing is cut off
+    console = Console(width=width, record=True, file=io.StringIO())
+    render_plan(losses, console)
+    lines = console.export_text().splitlines()
+    for to in names:
+        assert [line.split()[1] for line in lines if line.split()[:1] == [to]] == ["304,128"]
+    assert not [line for line in lines if "…" in line or len(line) > width]
+    assert "before compression" in " ".join(lines)
+
+
+def test_a_plan_takes_80_columns_without_breaking_a_figure() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    render_plan([sketched()], console)
+    (row,) = (line for line in console.export_text().splitlines() if line.startswith("sketch:20,64 "))
+    assert row.split() == ["sketch:20,64", "10", "10", "1.00-1.00", "1.000", "0", "4", "1"]
+
+
+def test_tables_in_a_pipe_have_120_columns_or_those_that_the_user_asked_for(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns, width in (("80", 120), ("200", 200)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert console_on(io.StringIO()).width == width
+    monkeypatch.delenv("COLUMNS")
+    source = write(tmp_path / "in", [exact_row(0)])
+    shown = CliRunner().invoke(cli, ["pack", str(source), "--plan", "--model", str(checkpoint)])
+    assert shown.exit_code == 0
+    (line,) = (line for line in shown.output.splitlines() if line.startswith("bytes: "))
+    assert 80 < len(line) <= 120
+
+
 def test_a_model_of_another_vocabulary_is_refused_when_the_loss_is_measured(tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", 40)
     source = write(tmp_path / "in", [exact_row(0)])
@@ -213,3 +254,11 @@ def test_a_model_of_another_vocabulary_is_refused_when_the_loss_is_measured(tmp_
         run_pack(source, tmp_path / "out", "sketch:5,64", model=other)
     assert math.isfinite(run_pack(source, tmp_path / "out", "sketch:5,64").seconds)  # the packing itself is done
     assert os.listdir(tmp_path / "out" / "data") == ["part-0.parquet"]
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_is_packed(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [rollout(0)])
+    options = PackOptions(Target("sampled"), model=tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="is not a folder"):
+        pack([str(source)], str(tmp_path / "out"), options)
+    assert not (tmp_path / "out").exists()

@@ -176,7 +176,8 @@ def test_rows_can_be_read_and_say_how_they_were_sampled(tmp_path: Path) -> None:
     first = rows(tmp_path)[0]
     stated = {"rollout_id": "r0", "group_id": "g", "reward": 0.0, "policy_version": 4, "lesson": "a"}
     stated |= {"prompt_ids": [7, 11, 3], "engine": "llama.cpp", "finish_reason": "length", "logprobs_mode": "processed"}
-    stated |= DEFAULTS
+    stated |= {name: DEFAULTS[name] for name in ("temperature", "top_p", "top_k")}
+    stated["logits_processors"] = "min_p=0.05"
     assert {name: first[name] for name in stated} == stated
 
 
@@ -230,6 +231,33 @@ def test_what_other_logits_processors_do_is_part_of_the_policy(tmp_path: Path) -
         assert row["rollout_topk_ids"][t] == sorted(law, key=lambda i: -law[i])
     assert not any(row["rollout_tail_mass"])
     assert processors == [few]  # the caller's list is as it was
+    assert row["logits_processors"] == "few"
+
+
+def test_what_shaped_the_law_besides_the_settings_is_named_in_one_column(tmp_path: Path) -> None:
+    def logit_bias_processor(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return scores + (np.arange(VOCAB) == 9)  # llama-cpp-python makes one of this name of logit_bias
+
+    engine = Engine()
+    with LlamaRecorder(tmp_path, engine) as recorder:
+        for min_p, processors in ((0.05, [logit_bias_processor]), (0.0, None)):
+            engine.create_completion([7], max_tokens=2, logits_processor=processors, **{**PLAIN, "min_p": min_p})
+            recorder.finish()
+    both, neither = rows(tmp_path)
+    assert both["logits_processors"] == "min_p=0.05, logit_bias"
+    assert neither["logits_processors"] is None
+    assert "min_p" not in both
+
+
+def test_a_top_k_above_what_is_kept_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for k in (20, 40):
+        engine = Engine()
+        with LlamaRecorder(tmp_path, engine, recipe=Recipe(k=k)):
+            for _ in range(2):
+                engine.create_completion([7], max_tokens=2, **DEFAULTS)
+    assert [record.message for record in caplog.records] == [
+        "top_k 40 is above the 20 tokens that are kept: estimates of KL come out too high; take Recipe(k=40)."
+    ]
 
 
 REFUSED = [

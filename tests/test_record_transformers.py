@@ -192,7 +192,9 @@ def test_whatever_else_shapes_the_scores_is_in_the_evidence_and_named(model: Pre
             logits_processor=LogitsProcessorList([Shift()]),
             repetition_penalty=1.3,
             min_p=0.05,
-            top_k=None,
+            temperature=0.9,
+            top_k=VOCAB - 1,
+            top_p=0.99,
         )
     for i, row in enumerate(read(tmp_path)):
         for t, token in enumerate(row["response_ids"]):
@@ -209,7 +211,30 @@ def test_a_row_that_another_criterion_ends_is_recorded_up_to_there(model: PreTra
     rows = read(tmp_path)
     assert [len(row["response_ids"]) for row in rows] == [12, 4, 12]
     assert rows[1]["response_ids"] == out[1, 5:9].tolist()
-    assert [row["finish_reason"] for row in rows] == ["length", "stop", "length"]
+    assert [row["finish_reason"] for row in rows] == ["length", None, "length"]
+
+
+def test_a_time_limit_is_no_stop_and_without_other_processors_none_is_named(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    with GenerateRecorder(tmp_path) as recorder:
+        generate(model, recorder, max_time=1e-9, eos_token_id=96, temperature=0.7, top_k=9, top_p=0.9)
+    for row in read(tmp_path):
+        assert (len(row["response_ids"]), row["finish_reason"]) == (1, None)
+        assert row.get("logits_processors") is None
+
+
+def test_a_top_k_above_what_is_kept_is_said_once(
+    model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for k in (20, 50):
+        with GenerateRecorder(tmp_path, Recipe(k)) as recorder:
+            for seed in range(2):
+                generate(model, recorder, seed, max_new_tokens=1)
+    said = [record.message for record in caplog.records if record.name.startswith("trm_audit")]
+    assert said == [
+        "top_k 50 is above the 20 tokens that are kept: estimates of KL come out too high; take Recipe(k=50)."
+    ]
 
 
 def test_work_is_done_in_pieces_without_changing_what_is_recorded(

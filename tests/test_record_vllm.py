@@ -7,6 +7,7 @@ prompts in chunks, show logits before the tokens are drawn and write over them a
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import math
 import pickle
@@ -407,16 +408,18 @@ def test_what_was_aborted_is_written_as_far_as_it_went(engine: Any, folder: Path
 
 
 def test_aborted_requests_are_not_waited_for_for_ever(
-    engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(running, "PARKED_SECONDS", -1.0)
     monkeypatch.setattr(running, "BLOCK_STEPS", 2)
-    gone, other = Job("gone", [5, 6], params(max_tokens=30)), Job("other", [7], params(max_tokens=30))
+    drawn = {0: 5, 1: 6, 2: 7, 3: 8}
+    gone, other = Job("gone", [5, 6], params(max_tokens=30), drawn), Job("other", [7], params(max_tokens=30))
     for step in range(9):
         engine.step([gone, other] if step < 4 else [other])
     engine.recorder._running.flush()
 
     assert [*read(folder)] == ["gone"]
+    assert "left the batch 300 s ago without having ended" in caplog.text
 
 
 def test_an_engine_that_comes_to_rest_has_all_its_rollouts_on_the_disk(
@@ -485,6 +488,111 @@ def test_what_else_shaped_the_distribution_is_named(engine: Any, folder: Path) -
     assert rows["b"]["logits_processors"] is None
 
 
+def spoiled(value: Any) -> Any:
+    """A request whose column Parquet cannot store, which `validate_params` was not asked about."""
+    return params(extra_args={"rollout_id": "bad", "policy_version": value})
+
+
+def test_a_value_that_cannot_be_stored_costs_its_own_rollout_and_stops_no_engine(
+    engine: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = [Job("a", [5, 6], params()), Job("bad", [5, 6], spoiled(2**63)), Job("b", [7], params())]
+    serve(engine, jobs)
+    close(engine)
+
+    rows = read(folder)
+
+    assert sorted(rows) == ["a", "b"]
+    check(rows["a"], jobs[0])
+    assert "A rollout is not recorded" in caplog.text
+
+
+def test_whatever_the_writer_raises_stops_no_engine_and_is_logged_once(
+    engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("by surprise")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trm_audit.record.writer.write_rollout_table", broken)
+        serve(engine, [Job("a", [5, 6], params()), Job("b", [5, 6], params(max_tokens=4))])
+        for _ in range(3):
+            engine.recorder._running.flush()
+        engine.recorder._running._rest(running.STUCK_SECONDS)
+    said = [record.message for record in caplog.records if "by surprise" in record.message]
+    close(engine)
+
+    assert said == ["Rollouts are not written: by surprise"]
+    assert sorted(read(folder)) == ["a", "b"]
+
+
+def test_on_a_full_disk_rollouts_are_said_to_wait_and_are_written_later(
+    engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = []
+
+    def full(file: Path) -> None:
+        attempts.append(file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine.recorder._running._writer._rows_per_shard = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("trm_audit.record.writer.sync_file", full)
+        for name in ("a", "b", "c"):
+            serve(engine, [Job(name, [5, 6], params())])
+            engine.recorder._running.flush()
+    assert len(attempts) == 1
+    assert "Rollouts are kept in memory, 1 wait" in caplog.text
+    assert "not recorded" not in caplog.text
+    close(engine)
+
+    assert sorted(read(folder)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"temperature": 2.0}, {"min_p": 0.03}, {"logit_bias": {3: 1.0}}],
+    ids=str,
+)
+def test_a_request_that_came_back_gets_its_own_evidence_and_not_that_of_one_sampled_otherwise(
+    engine: Any, folder: Path, other: dict[str, Any]
+) -> None:
+    """GIVEN two requests at the same tokens without names, away at once; the later one comes back first."""
+    mine = {"temperature": 0.5, "max_tokens": 4, "extra_args": {"group_id": "g"}}
+    given = {"a": mine | {"logit_bias": {7: 1.0}}, "b": mine | {"logit_bias": {7: 1.0}} | other}
+    jobs = [Job(name, [5], params(**one), script={0: 9, 1: 8}) for name, one in given.items()]
+    for job in jobs:
+        job.script |= {2: 11, 3: 12} if job.name == "a" else {2: 13, 3: 14}
+        bias = np.arange(VOCAB) == next(iter(job.params.logit_bias))
+        job.logits = lambda job=job, bias=bias: (  # type: ignore[method-assign, misc]
+            np.random.default_rng(len(job.output)).normal(0, 0.3, VOCAB) + bias
+        )
+    first, second = jobs
+    for here in (jobs, jobs, [], [second], [second, first], [second, first], [first], []):
+        for job in jobs:
+            if job not in here:
+                engine.preempt(job)
+        engine.step([job for job in here if not job.over or engine.finish])
+    close(engine)
+
+    rows = [*read(folder).values()]
+
+    assert len(rows) == 2
+    for job in jobs:
+        check(next(row for row in rows if row["response_ids"] == job.output), job)
+
+
+def test_a_top_k_above_what_is_kept_is_said_once(engine: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    serve(engine, [Job(f"r{k}", [5, 6], params(top_k=k)) for k in (K, 30, 31)])
+
+    said = [record.message for record in caplog.records if "top_k" in record.message]
+
+    assert said == [
+        f"top_k 30 is above the {K} tokens that are kept: estimates of KL come out too high; "
+        f"take k=30 in VllmRecorder.to or {RECIPE}."
+    ]
+
+
 def test_the_recorded_shards_are_valid(engine: Any, folder: Path) -> None:
     jobs = [Job(f"r{i}", [*range(3, 6 + i)], params(**SETTINGS[i % 4])) for i in range(6)]
     serve(engine, jobs)
@@ -501,6 +609,10 @@ def test_the_recorded_shards_are_valid(engine: Any, folder: Path) -> None:
     [
         ({"n": 4, "extra_args": {"rollout_id": "a"}}, "would name 4 rollouts"),
         ({"extra_args": {"policy_version": "v3"}}, "'v3', an integer is needed"),
+        ({"extra_args": {"policy_version": 2**63}}, "9223372036854775808, which 64 bits do not hold"),
+        ({"extra_args": {"policy_version": -(2**63) - 1}}, "which 64 bits do not hold"),
+        ({"extra_args": {"rollout_id": "a\ud800"}}, r"rollout_id is 'a\\ud800', which is no Unicode text"),
+        ({"extra_args": {"group_id": "\udfff"}}, "group_id is .* which is no Unicode text"),
         ({"thinking_token_budget": 100}, "thinking_token_budget puts tokens in place"),
         ({"trace_decode_token_ids": [1, 2]}, "trace_decode_token_ids puts tokens in place"),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +357,74 @@ def test_a_column_of_ones_own_takes_a_type_that_holds_all_its_values(tmp_path: P
     assert table["tags"].to_pylist() == [[], ["a"], ["a"], ["a"], None]
 
 
+def test_a_column_is_not_widened_at_the_cost_of_digits(tmp_path: Path) -> None:
+    with RolloutWriter(tmp_path) as writer:
+        add(writer, seed=0, step=2**60 + 1)
+        with pytest.raises(BadInput, match=r"column 'step' cannot hold 0\.5"):
+            add(writer, seed=1, step=0.5)
+        add(writer, seed=2, step=7)
+    assert read(tmp_path)["step"].to_pylist() == [2**60 + 1, 7]
+
+
+def test_after_a_failed_attempt_add_waits_before_the_next_and_what_waits_has_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # GIVEN a disk that is full, and room in memory for some rows of about 16,000 bytes
+    monkeypatch.setattr("trm_audit.record.writer.BYTES_WAITING", 70_000)
+    attempts = []
+
+    def full(file: Path) -> None:
+        attempts.append(file)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = RolloutWriter(tmp_path, rows_per_shard=2, seconds=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("trm_audit.record.writer.sync_file", full)
+        add(writer, 50, rollout_id="0")
+        with pytest.raises(OutputError):
+            add(writer, 50, rollout_id="1")
+        # WHEN more are added
+        for i in range(2, 12):
+            add(writer, 50, rollout_id=str(i))
+            assert len(writer) <= 5
+        # THEN no further attempt is made, and the log says how many were dropped
+        assert len(attempts) == 1
+        assert writer.blocked
+    writer.close()
+    kept = read(tmp_path)["rollout_id"].to_pylist()
+    assert kept == [str(i) for i in range(12 - len(kept), 12)]
+    assert f"{12 - len(kept)} in all, " in caplog.records[-1].message
+    assert not writer.blocked
+
+
+def test_after_its_time_add_tries_again(tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    with RolloutWriter(folder, rows_per_shard=1, seconds=0.05) as writer:
+        folder.rmdir()
+        with pytest.raises(OutputError):
+            add(writer, seed=0)
+        folder.mkdir()
+        add(writer, seed=1)
+        held = len(writer)
+        time.sleep(0.06)
+        add(writer, seed=2)
+        assert (held, len(writer)) == (2, 0)
+
+
+def test_a_folder_that_became_a_file_is_an_output_error_too(tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    writer = RolloutWriter(folder)
+    add(writer)
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        writer.flush()
+    folder.unlink()
+    folder.mkdir()
+    writer.close()
+    assert read(folder).num_rows == 1
+
+
 def test_of_several_threads_each_row_is_published_once(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -387,6 +457,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[AuditError], str]] = {
     "logprobs-too-short": ({"evidence": None, "logprobs": [-1]}, BadInput, "logprobs has 1"),
     "unnamed": ({"rollout_id": ""}, UsageError, "rollout_id is empty"),
     "twice": ({"rollout_id": "first"}, BadInput, "was added before"),
+    "reason-as-number": ({"finish_reason": 3}, BadInput, "cannot be stored"),
+    "reason-as-enum": ({"finish_reason": enum.Enum("Reason", "STOP").STOP}, BadInput, "cannot be stored"),  # type: ignore[attr-defined]
+    "version-beyond-64-bits": ({"policy_version": 2**63}, BadInput, "cannot be stored"),
+    "lone-surrogate-in-id": ({"rollout_id": "a\ud800"}, BadInput, "cannot be stored"),
+    "lone-surrogate-in-group": ({"group_id": "a\ud800"}, BadInput, "cannot be stored"),
+    "lone-surrogate-in-reason": ({"finish_reason": "a\ud800"}, BadInput, "cannot be stored"),
+    "tensor-as-temperature": ({"sampling": Sampling(torch.tensor(0.8))}, BadInput, "cannot be stored"),  # type: ignore[arg-type]
+    "empty-struct": ({"note": {}}, BadInput, "column 'note' cannot hold"),
+    "empty-struct-within": ({"note": [{"a": {}}]}, BadInput, "column 'note' cannot hold"),
+    "uneven-evidence": ({"evidence": replace(sampled(4), entropy=torch.zeros(3))}, BadInput, "of different lengths"),
     "column-of-ours": ({"rollout_sketch": b""}, UsageError, "column 'rollout_sketch' is written from the evidence"),
 }
 
@@ -400,3 +480,9 @@ def test_what_a_reader_would_refuse_is_refused_at_once_and_leaves_no_row(tmp_pat
             add(writer, **{"rollout_id": "r7", **change})
         assert str(change.get("rollout_id", "r7")) in raised.value.place
     assert read(tmp_path)["rollout_id"].to_pylist() == ["first"]
+
+
+def test_the_output_of_a_command_is_no_place_to_record_to(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="output of a trm-audit command"):
+        RolloutWriter(tmp_path)

@@ -157,6 +157,7 @@ def by_hand(rows: list[Row]) -> Counter[str]:
         out["disagreeing_tokens"] += row["num_disagreements"] or 0
         truncated = row["top_p"] < 1 or row["top_k"] > 0
         out["num_truncated"] += truncated
+        out["num_cut"] += truncated and row["grade"] == "exact"
         versions = {row["policy_version"][t] for t in inside} if row["policy_version"] else set()
         out["num_several_versions"] += len(versions - {None}) > 1
         if row["rollout_logprobs"] is None:
@@ -213,7 +214,7 @@ def test_counts_are_those_of_a_loop_over_the_rows(seed: int) -> None:
 
 def test_the_rows_of_these_tests_have_every_fault() -> None:
     counts = sum((by_hand(any_rows(seed)) for seed in range(6)), Counter())
-    assert len(counts) == 13
+    assert len(counts) == 14
     assert min(counts.values()) >= 5
 
 
@@ -328,7 +329,7 @@ def test_zeros_of_a_truncated_sampler_are_no_placeholders() -> None:
         row["rollout_logprobs"][2:18] = [0.0] * 16
     assert set(found(totals(batch_of(rows)))) == {"placeholder_logprobs"}
     for more in ({"logprobs_mode": "processed"}, {"grade": "exact", "top_p": 0.9}, {"grade": "exact", "top_k": 20}):
-        assert found(totals(batch_of([row | more for row in rows]))) == {}
+        assert set(found(totals(batch_of([row | more for row in rows])))) <= {"truncated_sampler"}
     for more in ({"grade": "sampled", "top_p": 0.9}, {"grade": "exact", "top_p": 1.0, "top_k": -1}):
         assert set(found(totals(batch_of([row | more for row in rows])))) == {"placeholder_logprobs"}
 
@@ -589,6 +590,20 @@ def test_a_mean_ratio_away_from_1_is_said_where_chance_does_not_explain_it() -> 
     assert said(0.93, 0.92, 0.94) == said(1.2, 1.1, 1.3) == {"mean_ratio"}
     for quiet in ((0.93, 0.8, 1.01), (0.995, 0.994, 0.996), (math.inf, math.nan, math.nan), (0.9, math.nan, math.nan)):
         assert said(*quiet) == set()
+
+
+@pytest.mark.parametrize("grade", ["exact", "sketch", "sampled"])
+def test_the_kl_of_a_truncated_sampler_is_said_to_hold_what_was_cut_off(grade: str) -> None:
+    rows = [row | {"top_p": 0.9, "grade": grade} for row in sound()]
+    counts = dataclasses.replace(COUNTS, grades={grade: len(rows)})
+    metrics = {"mean_ratio": Metric(0.9, 0.8, 1.1, 5000, 100, "", {})}
+    said = found(totals(batch_of(rows)), counts=counts, metrics=metrics)
+    assert ("truncated_sampler" in said) == (grade != "sampled")
+    if grade != "sampled":
+        sentence = said["truncated_sampler"].sentence
+        assert f"{len(rows)} of {len(rows)} sequences" in sentence
+        assert "0.11 a token" in sentence
+        assert ("up to twice" in sentence) == (grade == "sketch")
 
 
 def test_the_mean_ratio_names_its_cause_by_how_was_sampled() -> None:

@@ -160,10 +160,30 @@ def test_evidence_of_steps_joins_to_that_of_all_of_them() -> None:
         TokenEvidence.cat([whole, evidence(logits, range(6), recipe=Recipe(seed=2))])
 
 
+def test_autocast_around_the_engine_changes_nothing() -> None:
+    logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = TokenEvidence.cat([evidence(logits, range(6), Sampling(0.7, 0.9))] * 2)
+    outside = TokenEvidence.cat([evidence(logits, range(6), Sampling(0.7, 0.9))] * 2)
+    for name, values in outside.numpy().items():
+        np.testing.assert_array_equal(inside.numpy()[name], values)
+
+
+def test_a_mask_of_large_negative_logits_is_a_probability_of_0() -> None:
+    logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    logits[:, 10:] = -1e4
+    assert (evidence(logits, [1, 2]).topk_logprobs > -torch.inf).sum(1).tolist() == [10, 10]
+
+
 def test_what_cannot_be_recorded_is_refused() -> None:
     for values in ({"k": 0}, {"dim": 63}, {"seed": 2**63}):
         with pytest.raises(UsageError, match="no recipe"):
             Recipe(**values)
+    for strange in ("abc", 1.5, True):
+        with pytest.raises(UsageError, match="seed of a recipe is a whole number"):
+            Recipe(seed=strange)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="and a vocabulary of 5"):
+        evidence(torch.zeros(1, 5), [5])
     with pytest.raises(UsageError, match="Greedy"):
         evidence(torch.zeros(1, 5), [0], Sampling(0.0))
     with pytest.raises(ValueError, match="3 tokens"):
@@ -263,6 +283,7 @@ FAULTS = {
     "no tail mass": (None, "without rollout_tail_mass"),
     "tail mass of 2": (2.0, "rollout_tail_mass at position 5 is no probability"),
     "tail mass of 1e-4": (1e-4, "rollout_sketch at position 5 does not have the length of its tail mass"),
+    "tail mass of another position": (0.5, "do not make 1 together"),
     "tail mass of NaN": (math.nan, "rollout_tail_mass at position 5 is no probability"),
 }
 

@@ -24,6 +24,9 @@ Grade = Literal["exact", "sketch", "interval", "sampled"]
 GRADES: tuple[Grade, ...] = ("exact", "sketch", "interval", "sampled")
 """Best evidence first. A row that carries several is audited with the best."""
 
+BOUNDED_GRADES: tuple[Grade, ...] = ("sketch", "interval")
+"""Those that give lower and upper bounds of KL and TV instead of the values."""
+
 AuditedPolicy = Literal["sampling", "tempered", "raw"]
 """Which policy the figures of a row speak of; see schemas/score.md."""
 

@@ -41,7 +41,7 @@ def sketched(**values: Any) -> Callable[[Row], Any]:
     """Evidence of grade `sketch` at every position of the bad row: a list of two, a tail of 2 % on 64 numbers."""
     right = {
         "rollout_topk_ids": [[2, 3]] * 4,
-        "rollout_topk_logprobs": [[-0.1, -2.573]] * 4,
+        "rollout_topk_logprobs": [[-0.1, -2.573]] * 4,  # .905 and .076
         "rollout_tail_mass": [0.02] * 4,
         "rollout_sketch": sketch_bytes("<f2"),
         "sketch_dim": 64,
@@ -208,6 +208,14 @@ ROW_CASES: list[tuple[str, int, bool, str, str, Callable[[Row], Any]]] = [
         "the numbers of rollout_sketch are big-endian",
         "length of its tail mass",
         sketched(rollout_sketch=sketch_bytes(">f2")),
+    ),
+    (
+        "sketch-with-the-tail-of-another-position",
+        13,
+        False,
+        "list and tail mass sum to 1.02 at one position",
+        "do not make 1 together",
+        sketched(rollout_tail_mass=[0.02, 0.02, 0.04, 0.02]),
     ),
     (
         "sketch-of-other-vocabulary",

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from trm_audit.errors import BadInput
+from trm_audit.rollout import BOUNDED_GRADES as BOUNDED_GRADES
 from trm_audit.rollout import GRADES, Grade
 
 Statistic = Literal["max", "mean", "sum"]
@@ -24,8 +25,6 @@ CRITERION_DIVERGENCES = ("kl", "kl_reverse", "tv", "kl_estimate", "abs_log_ratio
 
 BOUNDED_DIVERGENCES = ("kl", "tv")
 """Those with a lower and an upper bound at the grades `sketch` and `interval`."""
-BOUNDED_GRADES: tuple[Grade, ...] = ("sketch", "interval")
-"""A sketch's bounds hold at a stated confidence, an interval's are certain."""
 
 _SAMPLED = ("abs_log_ratio", "k2", "k3")
 _SAMPLED_DEFAULTS: dict[Statistic, str] = {"max": "k2", "mean": "k3", "sum": "k3"}

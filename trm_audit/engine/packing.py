@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trm_audit.engine.evidence import AGREEMENT
 from trm_audit.errors import RowError, UsageError
 from trm_audit.numerics.divergences import divergences, row_statistics
 from trm_audit.numerics.ragged import Floats, Ints
 from trm_audit.record.evidence import Recipe, TokenEvidence, evidence, pending_logits
 from trm_audit.rollout import Grade, RolloutBatch
-from trm_audit.shards.logits import StoredLogits
+from trm_audit.shards.logits import STEPS, StoredLogits
 
 POSITIONS = 64
 AT_ONCE = 8 * POSITIONS
@@ -85,20 +86,41 @@ def kept_of(
         vocab_size: columns that count, None for all.
 
     Returns:
-        One entry per policy token. For `sketch` what `TokenEvidence.numpy` gives; otherwise logprobs [n] float64, for
-        `topk` also topk_ids [n, K], topk_logprobs [n, K] float32 (-inf stands for none) and tail_mass [n].
+        One entry per policy token. For `sketch` what `TokenEvidence.numpy` gives; otherwise logprobs and entropy [n]
+        float64, for `topk` also topk_ids [n, K], topk_logprobs [n, K] float32 (-inf stands for none) and tail_mass [n].
+        Always tolerance [n] float64: what a sampled value may differ from the stored distribution (nats).
 
     Raises:
         RowError: a distribution is none, or excludes the token that was drawn from it.
     """
-    parts = []
+    parts, drawn = [], []
     for ids, stored in _policy_rows(logits, batch, row, vocab_size):
-        here = stored.to(device, non_blocking=True)
-        parts.append(_kept(here, torch.from_numpy(ids).to(device), batch, row, target))
+        here, at = stored.to(device, non_blocking=True), torch.from_numpy(ids).to(device)
+        parts.append(_kept(here, at, batch, row, target))
+        drawn.append(here.gather(1, at[:, None])[:, 0].double())
     if target.kind == "sketch":
-        return TokenEvidence.cat([part for part in parts if isinstance(part, TokenEvidence)]).numpy()
-    arrays = [part for part in parts if isinstance(part, dict)]
-    return {name: torch.cat([part[name] for part in arrays]).cpu().numpy() for name in arrays[0]}
+        out: Arrays = TokenEvidence.cat([part for part in parts if isinstance(part, TokenEvidence)]).numpy()
+    else:
+        arrays = [part for part in parts if isinstance(part, dict)]
+        out = {name: torch.cat([part[name] for part in arrays]).cpu().numpy() for name in arrays[0]}
+    return out | {"tolerance": _tolerance(out, torch.cat(drawn).cpu().numpy(), logits.step(batch.rollout_id[row]))}
+
+
+def _tolerance(kept: Arrays, drawn: Floats, step: float) -> Floats:
+    """[n] what a sampled value may differ from the stored distribution, as `engine.evidence` counts disagreements.
+
+    Args:
+        kept: of `kept_of`, of logits that are stored at the stage of pi_roll.
+        drawn: [n] logits of the tokens that were sampled.
+        step: largest relative rounding error of the logits.
+    """
+    log_mass = drawn - kept["logprobs"]
+    return AGREEMENT + step * (np.abs(drawn) + np.abs(log_mass) + kept["entropy"])
+
+
+def is_rounded(logits: StoredLogits, rollout_id: str) -> bool:
+    """Whether logits are stored with less than float32 precision, so that the engine's own values were of others."""
+    return logits.step(rollout_id) > STEPS[torch.float32]
 
 
 def _kept(
@@ -109,12 +131,13 @@ def _kept(
     rollout = pending_logits(stored, ids, batch.sampling[row])
     found = row_statistics(rollout, ids)
     if target.kind == "sampled":
-        return {"logprobs": found.logprobs}
+        return {"logprobs": found.logprobs, "entropy": found.entropy}
     top = rollout.float().topk(min(target.recipe.k, rollout.shape[1]), dim=1)
     listed = top.values.double() - found.logsumexp[:, None]
     tail = (1 - listed.exp().sum(1)).clamp(min=0)
     return {
         "logprobs": found.logprobs,
+        "entropy": found.entropy,
         "topk_ids": top.indices,
         "topk_logprobs": listed.clamp(max=0).float(),
         "tail_mass": tail,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trm_audit.engine.checkpoint import find_checkpoint
 from trm_audit.errors import UsageError
 from trm_audit.pipeline.pack_loss import measure_loss
 from trm_audit.pipeline.pack_options import PackOptions, PackResult
@@ -35,6 +36,8 @@ def pack(inputs: Sequence[str], output: str, options: PackOptions, *, progress: 
         AuditError: see `errors`; what was published before stays.
     """
     watch, result = progress or Silent(), PackResult()
+    if options.model is not None:
+        find_checkpoint(options.model)  # before anything is written, not when all of it is
     found = find_shards(inputs, "rollouts", options.columns)
     check_apart(Path(output), inputs, found)
     selection = select(found.shards, options.columns, 1.0, None)

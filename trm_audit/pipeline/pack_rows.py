@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trm_audit.engine.footing import comparison
-from trm_audit.engine.packing import Arrays, Target, kept_of, stored_pieces
+from trm_audit.engine.packing import Arrays, Target, is_rounded, kept_of, stored_pieces
 from trm_audit.errors import BadInput, RowError
 from trm_audit.numerics.ragged import Bools, Floats, Ints, segment_sum
-from trm_audit.pipeline.pack_lists import LISTS, Lists, cut_lists, list_arrays, list_lengths, made_lists, rounded_type
+from trm_audit.pipeline.pack_lists import LISTS, cut_lists, list_lengths, rounded_type
 from trm_audit.rollout import GRADES, RolloutBatch, Sampling
+from trm_audit.shards.lists import Lists, list_arrays, made_lists
 from trm_audit.shards.logits import StoredLogits
 from trm_audit.shards.rollout_writer import LogitsTableWriter
 from trm_audit.shards.schema import ROLLOUT_COLUMNS
@@ -88,7 +89,7 @@ class Packer:
         target: what to.
         device: where it is computed.
         vocab_size: columns of stored logits that count, None for all.
-        restages: rows may get log-probabilities of another stage, so that there is a column for those that were stored.
+        restages: rows may get other log-probabilities, so that there is a column for those that were stored.
         side: for q16, where logits go.
     """
 
@@ -117,7 +118,7 @@ class Packer:
         """
         packed = np.array([self._changes(batch, row) for row in range(len(batch))], dtype=np.bool_)
         kept = [self._kept(batch, row, logits) if packed[row] else None for row in range(len(batch))]
-        columns = self._columns(batch, packed, kept, as_read)
+        columns = self._columns(batch, packed, kept, as_read, logits)
         mine = np.flatnonzero(packed)
         before, after = self._logits_bytes(batch, mine, logits)
         num_tokens = segment_sum(batch.response_mask.astype(np.float64), batch.response.offsets)
@@ -183,7 +184,12 @@ class Packer:
         return before, sum(_q16_bytes(batch, row, width) for row, width in zip(rows.tolist(), widths, strict=True))
 
     def _columns(
-        self, batch: RolloutBatch, packed: Bools, kept: Sequence[Arrays | None], as_read: pa.Schema
+        self,
+        batch: RolloutBatch,
+        packed: Bools,
+        kept: Sequence[Arrays | None],
+        as_read: pa.Schema,
+        logits: StoredLogits | None,
     ) -> pa.RecordBatch:
         """The rollouts' columns with what is kept in place of what there was."""
         out = {name: batch.columns.column(name) for name in batch.columns.schema.names}
@@ -199,19 +205,39 @@ class Packer:
         elif self._target.kind == "q16" and LISTS[1] in out:
             out[LISTS[1]] = pc.cast(out[LISTS[1]], rounded_type(as_read))
         if self._target.kind != "q16":
-            self._put_logprobs(out, batch, kept, masks)
+            values = [self._logprobs(batch, row, mine, logits) for row, mine in enumerate(kept)]
+            self._put_logprobs(out, values, masks)
         return pa.RecordBatch.from_pydict(out)
 
+    def _logprobs(
+        self, batch: RolloutBatch, row: int, kept: Arrays | None, logits: StoredLogits | None
+    ) -> NDArray[Any] | None:
+        """Other log-probabilities of a row's policy tokens than those stored; None where these stay.
+
+        They are those of pi_roll where the stored ones are of an earlier stage, or not there. They are also those of
+        the packed distribution where a list is made of logits of less than float32 precision and the stored value
+        agrees with these: the engine computed the value before they were rounded, so beside the list, which is of the
+        rounded ones, it would be off by more than the list's own rounding, and be counted as a disagreement. This way
+        list and value are of one distribution. A value that disagrees stays, and still does.
+        """
+        if kept is None or logits is None:
+            return None
+        if self._restaged(batch, row):
+            return kept["logprobs"]
+        if "topk_ids" not in kept or not is_rounded(logits, batch.rollout_id[row]):
+            return None
+        given = _of_row(batch, row, batch.rollout_logprobs)[_of_row(batch, row, batch.response_mask)]
+        agrees = np.abs(given - kept["logprobs"]) <= kept["tolerance"]
+        return np.where(agrees, kept["logprobs"], given) if agrees.any() else None
+
     def _put_logprobs(
-        self, out: dict[str, pa.Array], batch: RolloutBatch, kept: Sequence[Arrays | None], masks: Sequence[Bools]
+        self, out: dict[str, pa.Array], values: Sequence[NDArray[Any] | None], masks: Sequence[Bools]
     ) -> None:
-        """Those of pi_roll where the stored ones are of an earlier stage, which are kept, or not there."""
-        new = np.array([row is not None and self._restaged(batch, i) for i, row in enumerate(kept)], dtype=np.bool_)
-        values = [
-            None if row is None or not new[i] else _spread(row["logprobs"], masks[i]) for i, row in enumerate(kept)
-        ]
+        """Other values of some rows in place of the stored ones, which are kept."""
+        new = np.array([row is not None for row in values], dtype=np.bool_)
+        spread = [None if row is None else _spread(row, mask) for row, mask in zip(values, masks, strict=True)]
         stored = out.get("rollout_logprobs")
-        made = pa.array(values, ROLLOUT_COLUMNS["rollout_logprobs"].type)
+        made = pa.array(spread, ROLLOUT_COLUMNS["rollout_logprobs"].type)
         out["rollout_logprobs"] = _instead(made, stored, new)
         if self._restages and stored is not None:
             out[_free(STORED, out)] = pc.if_else(pa.array(new), stored, None)

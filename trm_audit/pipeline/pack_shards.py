@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from trm_audit.engine.loading import pick_device
 from trm_audit.engine.packing import copy_loss
@@ -24,6 +26,7 @@ from trm_audit.pipeline.rollouts import stored_logits
 from trm_audit.pipeline.selection import Selection, shard_fingerprint
 from trm_audit.rollout import Sampling
 from trm_audit.shards import schema
+from trm_audit.shards.logits_index import index_files
 from trm_audit.shards.publish import OutputFolder, sync_file, sync_folder
 from trm_audit.shards.read import Shard, read_batches, rows_at_once
 from trm_audit.shards.rollout_writer import LogitsTableWriter
@@ -120,7 +123,7 @@ class ShardPacker:
         logits = stored_logits(shard.logits)
         rules = row_rules(self._options, logits, self._selection)
         with self._side_file(shard) as side:
-            restages = may_change_stage(shard, self._options)
+            restages = may_change_values(shard, self._options)
             packer = Packer(
                 self._options.to, self._device, vocab_size=self._options.vocab_size, restages=restages, side=side
             )
@@ -222,8 +225,13 @@ def named_batches(shard: Shard, renames: Mapping[str, str]) -> Iterator[tuple[pa
         first += batch.num_rows
 
 
-def may_change_stage(shard: Shard, options: PackOptions) -> bool:
-    """Whether a row's sampled log-probabilities may be of an earlier stage than what is packed, by its settings."""
+def may_change_values(shard: Shard, options: PackOptions) -> bool:
+    """Whether a row may get other sampled log-probabilities: its logits are rounded and lists made of them, or the
+    stored ones are of an earlier stage than what is packed, by its settings.
+    """
+    blocks = chain.from_iterable(index_files(shard.logits).values())
+    if options.to.kind in ("sketch", "topk") and any(block.dtype != torch.float32 for block in blocks):
+        return True
     theirs = {options.columns.get(name, name): name for name in SAMPLING}
     there = [name for name in pq.read_schema(shard.path).names if name in theirs]
     if not there:

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trm_audit.errors import UsageError
+from trm_audit.numerics.rows import checked_ids
 from trm_audit.numerics.sampling import sampling_logits, with_drawn
 from trm_audit.numerics.sketch import LEAST_DIM, sketch
 from trm_audit.rollout import Sampling
 
+LEAST = -9000.0
+"""A log-probability below it is 0 in every type: masks of -1e4 and the like. Readers take such values for fillers."""
 SMALLEST = float(np.finfo(np.float32).tiny)
 """What a tail mass that float32 cannot hold is stored as: 0 says that there is no tail."""
 
@@ -29,7 +32,8 @@ class Recipe:
     """What is kept of each distribution.
 
     Attributes:
-        k: tokens kept exactly.
+        k: tokens kept exactly. Where the sampler truncates to its top_k, take at least as many: outside the list an
+            estimate of KL counts tokens of probability 0 up to twice.
         dim: m, numbers that the others are projected to, at least 64.
         seed: of the projection's signs. One audit compares sketches of any seeds; those of a training run may share
             one, so that the signs are made once.
@@ -42,6 +46,9 @@ class Recipe:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in (("k", self.k), ("dim", self.dim), ("seed", self.seed)):
+            if type(value) is not int:
+                raise UsageError(f"{name} of a recipe is a whole number, {value!r} was given")
         if self.k < 1 or self.dim < LEAST_DIM or not -(2**63) <= self.seed < 2**63:
             raise UsageError(
                 f"k = {self.k}, dim = {self.dim}, seed = {self.seed} is no recipe",
@@ -83,7 +90,8 @@ class TokenEvidence:
         first = parts[0]
         if any((part.recipe, part.vocab_size) != (first.recipe, first.vocab_size) for part in parts):
             raise ValueError("evidence of several recipes or vocabularies")
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+        with torch.autocast(first.token_ids.device.type, enabled=False):  # which would take cat for a product's input
+            tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
         return cls(**tensors, recipe=first.recipe, vocab_size=first.vocab_size)
 
     def rows(self, index: Tensor | Sequence[int] | slice) -> TokenEvidence:
@@ -133,19 +141,25 @@ def evidence(
             f"temperature is {sampling.temperature:g}, above 0 is needed",
             next_step="Greedy decoding has no distribution to compare: sample, or do not record.",
         )
-    rollout = pending_logits(logits, ids, sampling)
+    ids = checked_ids(ids, logits.shape[1])
+    with torch.autocast(logits.device.type, enabled=False):
+        return _evidence(pending_logits(logits, ids, sampling), ids, recipe)
+
+
+def _evidence(rollout: Tensor, ids: Tensor, recipe: Recipe) -> TokenEvidence:
+    """Of logits of pi_roll, [n, V]."""
     kept = sketch(rollout, recipe.k, recipe.dim, recipe.seed)
     drawn, first = (rollout.gather(1, at[:, None])[:, 0].double() for at in (ids, kept.topk_ids[:, 0]))
     return TokenEvidence(
         token_ids=ids,
         logprobs=(drawn - first + kept.topk_logprobs[:, 0]).float(),
         topk_ids=kept.topk_ids,
-        topk_logprobs=kept.topk_logprobs.half(),
+        topk_logprobs=torch.where(kept.topk_logprobs > LEAST, kept.topk_logprobs, -torch.inf).half(),
         vectors=kept.vector,
         tail_mass=torch.where(kept.tail_mass > 0, kept.tail_mass.clamp(min=SMALLEST), 0.0).float(),
         entropy=kept.entropy.float(),
         recipe=recipe,
-        vocab_size=logits.shape[1],
+        vocab_size=rollout.shape[1],
     )
 
 

@@ -19,6 +19,7 @@ Written against llama-cpp-python 0.3; its defaults (top_k 40, top_p 0.95, min_p 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from trm_audit.errors import BadInput, UsageError
 from trm_audit.record.evidence import Recipe, TokenEvidence, evidence
+from trm_audit.record.rows import list_too_short
 from trm_audit.record.writer import RolloutWriter
 from trm_audit.rollout import Sampling
 
@@ -48,9 +50,13 @@ OFF: dict[str, object] = {
 }
 """Settings that change the distribution in ways that are not rebuilt here, and their value when they are off."""
 HARMLESS = {"tokens", "reset", "penalize_nl", "mirostat_tau", "mirostat_eta", "logits_processor", "stopping_criteria"}
+LOGIT_BIAS = "logit_bias_processor"
+"""What llama-cpp-python calls the processor that it makes of `logit_bias`."""
 AFTER = "Call finish() once after each completion, at the end of its stream."
 LOOSER = 1e-4
 """What a threshold may be off by rounding, relative to it, before a drawn token speaks against the settings."""
+
+log = logging.getLogger(__name__)
 
 Row = NDArray[np.float32]
 
@@ -140,7 +146,7 @@ class LlamaRecorder:
     are not rebuilt (`OFF`, and temperature 0): they would have to be switched off. Logits processors and a logit bias
     are fine, since their result is what is recorded. A prompt is what llama.cpp evaluated, template and
     begin-of-sequence token included; a response has every token that was drawn, the end-of-sequence token and the
-    tokens of a stop string too. Where `min_p` was on, the column `min_p` says so.
+    tokens of a stop string too. The column `logits_processors` names min-p, a logit bias and other processors.
     """
 
     def __init__(
@@ -153,6 +159,7 @@ class LlamaRecorder:
         self.recipe = recipe or Recipe()
         self._llm, self._generate = llm, llm.generate
         self._latest: _Generation | None = None
+        self._said = False
         llm.generate = self._recorded
 
     def __enter__(self) -> LlamaRecorder:
@@ -184,8 +191,8 @@ class LlamaRecorder:
         if completion is not None:
             columns.setdefault("finish_reason", completion["choices"][0]["finish_reason"])
         latest, self._latest = self._latest, None
-        if latest.settings.min_p > 0:
-            columns.setdefault("min_p", latest.settings.min_p)
+        if latest.shaping:
+            columns.setdefault("logits_processors", ", ".join(latest.shaping))
         return self.writer.add(
             prompt_ids=latest.prompt,
             response_ids=latest.response,
@@ -208,8 +215,12 @@ class LlamaRecorder:
         """Stands in for `Llama.generate`."""
         call = inspect.signature(self._generate).bind(tokens, *args, **kwargs)
         call.apply_defaults()
-        mine = _Generation(_settings(call), list(tokens), self._llm.n_vocab(), self.recipe)
-        call.arguments["logits_processor"] = [*(call.arguments["logits_processor"] or ()), mine.hold]
+        others = [*(call.arguments["logits_processor"] or ())]
+        mine = _Generation(_settings(call), list(tokens), self._llm.n_vocab(), self.recipe, others)
+        if not self._said and (few := list_too_short(mine.settings.sampling, self.recipe.k)):
+            self._said = True
+            log.warning("%s", few)
+        call.arguments["logits_processor"] = [*others, mine.hold]
         if self._latest is not None:
             self.finish()
         self._latest = mine
@@ -234,10 +245,16 @@ class _Generation:
     Attributes:
         prompt: token ids that were evaluated before the first token was drawn.
         response: token ids drawn so far.
+        shaping: what else than temperature, top-k and top-p shaped the distribution.
     """
 
-    def __init__(self, settings: Settings, prompt: list[int], vocab_size: int, recipe: Recipe) -> None:
+    def __init__(
+        self, settings: Settings, prompt: list[int], vocab_size: int, recipe: Recipe, processors: Sequence[object]
+    ) -> None:
         self.settings, self.prompt, self.response = settings, prompt, list[int]()
+        names = [getattr(one, "__name__", type(one).__name__) for one in processors]
+        self.shaping = [f"min_p={settings.min_p:g}"] if settings.min_p > 0 else []
+        self.shaping += ["logit_bias" if name == LOGIT_BIAS else name for name in names]
         self._vocab_size, self._recipe = vocab_size, recipe
         self._held: Row | None = None
         self._rows: list[Row] = []

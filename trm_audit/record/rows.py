@@ -20,6 +20,7 @@ from trm_audit.shards.row_values import MODES, ROUNDING
 from trm_audit.shards.schema import ROLLOUT_COLUMNS
 
 LARGEST_ID = np.iinfo(np.int32).max
+MAKE = "Take it as trm_audit.record.evidence(...) gives it."
 FREE = ("advantage", "trainer_logprobs", "routed_experts")
 """Columns of schemas/rollout.md that are the caller's own affair."""
 
@@ -36,6 +37,7 @@ class Row:
         evidence: arrays of `TokenEvidence.numpy`, one entry per policy token, or None.
         logprobs: [T] float32 where there is no evidence, or None.
         extra: further columns.
+        size: bytes that it takes, once it is known.
     """
 
     name: str
@@ -45,11 +47,22 @@ class Row:
     evidence: dict[str, NDArray[Any]] | None = None
     logprobs: NDArray[np.float32] | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
+    size: int = 0
 
     @property
-    def nbytes(self) -> int:
-        arrays = [*self.values.values(), *(self.evidence or {}).values(), self.logprobs]
-        return sum(one.nbytes for one in arrays if isinstance(one, np.ndarray))
+    def evidence_bytes(self) -> int:
+        arrays = [*(self.evidence or {}).values(), self.logprobs]
+        return sum(one.nbytes for one in arrays if one is not None)
+
+
+def list_too_short(sampling: Sampling, k: int, remedy: str = "Recipe(k={})") -> str:
+    """What to tell of a top-k that keeps more tokens than the recipe does; empty if there is nothing to tell."""
+    if sampling.top_k <= k:
+        return ""
+    return (
+        f"top_k {sampling.top_k} is above the {k} tokens that are kept: estimates of KL come out too high; "
+        f"take {remedy.format(sampling.top_k)}."
+    )
 
 
 def checked(
@@ -182,6 +195,11 @@ def _checked_evidence(evidence: TokenEvidence, tokens: NDArray[np.int32], place:
             place=place,
             next_step="Evidence has one entry for each true position of response_mask.",
         )
+    whole = [one for name, one in arrays.items() if name not in ("seed", "vocab_size")]
+    if any(len(one) != len(tokens) for one in whole) or arrays["topk_ids"].shape != arrays["topk_logprobs"].shape:
+        raise BadInput("the evidence's arrays are of different lengths", place=place, next_step=MAKE)
+    if arrays["vectors"].ndim != 2 or not 0 < int(arrays["vocab_size"]) <= LARGEST_ID:
+        raise BadInput("the evidence has no projections, or no vocabulary", place=place, next_step=MAKE)
     differ = np.flatnonzero(theirs != tokens)
     if len(differ):
         at = differ[0]

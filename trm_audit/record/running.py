@@ -3,8 +3,8 @@
 An engine shows a recorder one [rows, V] of logits a step, before the tokens are drawn. So the rows of a step are held
 until the next one, when their tokens are known (`hold`, `settle`). Evidence then stays on the device for a block of
 steps and is taken to the CPU as a whole. A request that reached its length or drew a stop token has ended. One that
-only left the batch may come back (a preempted one does), so it waits before it is written as it stands. A rollout that
-cannot be written is logged; the engine goes on.
+only left the batch may come back (a preempted one does), so it waits before it is written as it stands. Whatever goes
+wrong with a rollout or with the disk is logged; the engine goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.util import Finalize
 from threading import Event, RLock, Thread
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_audit.errors import AuditError
+from trm_audit.errors import OutputError
 from trm_audit.record.evidence import TENSORS, Recipe, TokenEvidence, evidence
 from trm_audit.record.writer import RolloutWriter
 from trm_audit.rollout import Sampling
@@ -34,6 +36,10 @@ STUCK_SECONDS = 30.0
 """As does one that stood still for so long and seems to have work: not every engine says who has left."""
 PARKED_SECONDS = 300.0
 """How long a request that left without having ended (a stop string, an abort, a preemption) may come back."""
+PARKED = (
+    f"A request left the batch {PARKED_SECONDS:g} s ago without having ended: its rollout is written as it stands, "
+    "without a finish_reason. If it comes back, the rest of it is not recorded."
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class Request:
         stops: token ids that end it.
         limit: response tokens at most.
         min_p: what of min-p is still to be applied; 0 is off.
+        shaping: what else shapes its distribution; requests that differ here are not the same one come back.
         columns: more that is said of the rollout: names as `RolloutWriter.add` takes them.
         tokens, parts: what was sampled since it entered, and the evidence, on the CPU.
         stopped: tokens up to the first stop token, None where there is none.
@@ -66,6 +73,7 @@ class Request:
     stops: frozenset[int] = frozenset()
     limit: int = 1 << 62
     min_p: float = 0.0
+    shaping: object = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     parts: list[TokenEvidence] = field(default_factory=list)
@@ -76,6 +84,10 @@ class Request:
     @property
     def resumed(self) -> bool:
         return self.prefix is not None and len(self.prefix) > self.prompt_len
+
+    def samples_as(self, other: Request) -> bool:
+        """Whether both draw from one distribution where they stand at the same tokens, and are named alike."""
+        return all(getattr(self, name) == getattr(other, name) for name in ("sampling", "min_p", "shaping", "columns"))
 
     @property
     def count(self) -> int:
@@ -119,6 +131,7 @@ class Running:
         self._live: dict[Request, None] = {}
         self._held: Held | None = None
         self._block: list[TokenEvidence] = []
+        self._said: Counter[Hashable] = Counter()
         self._last, self._over = time.monotonic(), Event()
         self._finalize = Finalize(None, self.close, exitpriority=100)  # also in processes that run no atexit
         Thread(target=self._watch, name="trm-audit recorder", daemon=True).start()
@@ -190,7 +203,10 @@ class Running:
             self._join(request)
         long_ago = time.monotonic() - PARKED_SECONDS
         for request in [*self._live]:
-            if request.end() or (request.left is not None and request.left < long_ago):
+            if request.end():
+                self._write(request)
+            elif request.left is not None and request.left < long_ago:
+                self._say(logging.WARNING, "parked", PARKED)
                 self._write(request)
 
     def _join(self, request: Request) -> None:
@@ -198,7 +214,7 @@ class Running:
         prefix = _ids(request.prefix)
         prompt, sampled = prefix[: request.prompt_len], prefix[request.prompt_len :]
         for other in [one for one in self._live if one.left is not None and one is not request and one.parts]:
-            same = other.columns == request.columns and _ids(other.prefix) == prompt
+            same = other.samples_as(request) and _ids(other.prefix) == prompt
             if same and other.tokens[: len(sampled)] == sampled:
                 later, request.prefix, request.tokens, request.parts = request.parts, prompt, [], []
                 request.stopped = None
@@ -212,26 +228,44 @@ class Running:
         del self._live[request]
         if not request.tokens:
             return
+        self._attempt("A rollout is not recorded", partial(self._add, request))
+
+    def _add(self, request: Request) -> None:
         count, reason = request.end() or (len(request.tokens), None)
+        self._writer.add(
+            prompt_ids=_ids(request.prefix)[: request.prompt_len],
+            response_ids=request.tokens[:count],
+            evidence=TokenEvidence.cat(request.parts).rows(slice(count)),
+            sampling=request.sampling,
+            finish_reason=reason,
+            **request.columns,
+        )
+
+    def _attempt(self, failed: str, step: Callable[[], object]) -> None:
+        """Nothing that goes wrong in recording may stop an engine: it is logged."""
         try:
-            self._writer.add(
-                prompt_ids=_ids(request.prefix)[: request.prompt_len],
-                response_ids=request.tokens[:count],
-                evidence=TokenEvidence.cat(request.parts).rows(slice(count)),
-                sampling=request.sampling,
-                finish_reason=reason,
-                **request.columns,
-            )
-        except (AuditError, TypeError, ValueError) as error:
-            log.error("A rollout is not recorded: %s", error)
+            step()
+        except OutputError as error:  # at most once in `RolloutWriter(seconds=...)`
+            log.error("Rollouts are kept in memory, %d wait: %s", len(self._writer), error)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            kind = (failed, type(error), trace and (trace.tb_frame.f_code, trace.tb_lineno))
+            self._say(logging.ERROR, kind, f"{failed}: {error or type(error).__name__}")
+
+    def _say(self, level: int, kind: Hashable, text: str) -> None:
+        """Logs the first of a kind, the tenth, the hundredth: a client may send the same mistake for ever."""
+        self._said[kind] += 1
+        count = self._said[kind]
+        if str(count).strip("0") == "1":
+            log.log(level, "%s%s", text, f" ({count} times so far)" if count > 1 else "")
 
     def flush(self) -> None:
-        """Brings everything that has ended to the disk."""
-        self.close_block()
-        try:
-            self._writer.flush()
-        except AuditError as error:
-            log.error("%s", error)
+        """Brings everything that has ended to the disk, if that did not fail just now."""
+        self._attempt("A block of steps is not recorded", self.close_block)
+        if not self._writer.blocked:
+            self._attempt("Rollouts are not written", self._writer.flush)
 
     def _watch(self) -> None:
         """A thread: an engine without work makes no calls."""
@@ -239,7 +273,7 @@ class Running:
             with self.lock:
                 still = time.monotonic() - self._last
                 if still >= IDLE_SECONDS and (self._held or self._block or self._live or len(self._writer)):
-                    self._rest(still)
+                    self._attempt("A step is not recorded", partial(self._rest, still))
 
     def _rest(self, still: float) -> None:
         if self._held is not None and self._held.logits.is_cuda:
@@ -254,14 +288,11 @@ class Running:
         self._over.set()
         self._finalize.cancel()
         with self.lock:
-            self.settle(between_steps=False)
-            self.close_block()
+            self._attempt("A step is not recorded", partial(self.settle, between_steps=False))
+            self._attempt("A block of steps is not recorded", self.close_block)
             for request in [*self._live]:
                 self._write(request)
-            try:
-                self._writer.close()
-            except AuditError as error:
-                log.error("%s", error)
+            self._attempt("Rollouts are not written", self._writer.close)
 
 
 def _ids(tokens: Any) -> list[int]:

@@ -18,6 +18,7 @@ stopping_criteria instead of stop_strings.
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from trm_audit.errors import UsageError
 from trm_audit.record.evidence import TENSORS, Recipe, TokenEvidence, evidence
+from trm_audit.record.rows import list_too_short
 from trm_audit.record.writer import RolloutWriter
 from trm_audit.rollout import Sampling
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 HELD_LOGITS = 1 << 22
 """Logits of several steps are worked on together, up to so many (16 MB in float32): the signs are then read once for
 all of them, which makes a small batch's recording several times cheaper."""
+SETTINGS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
+"""Processors that have columns of their own."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,19 @@ class Finished:
         prompt_ids, response_ids: without padding.
         evidence: of the response, on the CPU.
         sampling: as `generate` resolved it.
-        finish_reason: `length` if max_length ended it, `stop` if the end-of-sequence token or another criterion did.
+        finish_reason: `stop` if the end-of-sequence token ended it, `length` if max_length did, None if something else
+            did: a time limit, a stop string, a criterion of the caller's.
         group_id: shared by the rows of a prompt, None if each prompt has one row.
-        processors: names of the logits processors, in their order.
+        columns: `logits_processors`, the names of those besides temperature, top-k and top-p, if there are any.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     evidence: TokenEvidence
     sampling: Sampling
-    finish_reason: str
+    finish_reason: str | None
     group_id: str | None
-    processors: str
+    columns: dict[str, str]
 
 
 class GenerateRecorder:
@@ -76,6 +82,7 @@ class GenerateRecorder:
         self.writer = target if isinstance(target, RolloutWriter) else RolloutWriter(target, engine="transformers")
         self.recipe = recipe or Recipe()
         self._waiting: list[Finished] = []
+        self._said = False
 
     def __enter__(self) -> GenerateRecorder:
         return self
@@ -105,6 +112,9 @@ class GenerateRecorder:
         _check_prompt(input_ids, generation_config, model_kwargs)
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         steps = _Steps(len(prompts), _sampling(generation_config), self.recipe)
+        if not self._said and (few := list_too_short(steps.sampling, self.recipe.k)):
+            self._said = True
+            log.warning("%s", few)
         out = model._sample(
             input_ids,
             logits_processor=LogitsProcessorList([*logits_processor, steps]),
@@ -114,11 +124,12 @@ class GenerateRecorder:
             **model_kwargs,
         )
         groups = _groups(len(prompts), generation_config.num_return_sequences or 1)
-        names = ", ".join(type(one).__name__ for one in logits_processor)
+        names = [type(one).__name__ for one in logits_processor if type(one).__name__ not in SETTINGS]
+        columns = {"logits_processors": ", ".join(names)} if names else {}
         for prompt, found, group in zip(prompts, steps.rollouts(), groups, strict=True):
             response = found.token_ids.tolist()
             reason = _finish_reason(input_ids.shape[1] + len(response), response[-1], generation_config)
-            self._waiting.append(Finished(prompt, response, found, steps.sampling, reason, group, names))
+            self._waiting.append(Finished(prompt, response, found, steps.sampling, reason, group, columns))
         return out
 
     def finish(
@@ -148,7 +159,8 @@ class GenerateRecorder:
         names = []
         for at, row in enumerate([*self._waiting]):
             self._waiting.pop(0)  # before it is added: what was refused once is not offered again
-            own: dict[str, Any] = {"group_id": row.group_id, **{name: values[at] for name, values in lists.items()}}
+            own: dict[str, Any] = {"group_id": row.group_id, **row.columns}
+            own |= {name: values[at] for name, values in lists.items()}
             names.append(
                 self.writer.add(
                     prompt_ids=row.prompt_ids,
@@ -157,7 +169,6 @@ class GenerateRecorder:
                     sampling=row.sampling,
                     policy_version=policy_version,
                     finish_reason=row.finish_reason,
-                    logits_processors=row.processors,
                     **own,
                 )
             )
@@ -281,11 +292,13 @@ def _sampling(config: GenerationConfig) -> Sampling:
     )
 
 
-def _finish_reason(length: int, last: int, config: GenerationConfig) -> str:
+def _finish_reason(length: int, last: int, config: GenerationConfig) -> str | None:
     """length: with the padded prompt, as `max_length` counts."""
     stops = config.eos_token_id
     ended = last == stops if isinstance(stops, int) else last in (stops or ())
-    return "stop" if ended or length != config.max_length else "length"
+    if ended:
+        return "stop"
+    return "length" if length == config.max_length else None
 
 
 def _groups(rows: int, per_prompt: int) -> list[str | None]:

@@ -2,12 +2,13 @@
 
     from trm_audit.record.vllm import VllmRecorder
 
-    llm = LLM(model, logits_processors=[VllmRecorder.to("rollouts/")])
+    llm = LLM(model, logits_processors=[VllmRecorder.to("rollouts/")], async_scheduling=False)
     llm.generate(prompts, [SamplingParams(temperature=0.8, extra_args={"rollout_id": name}) for name in names])
 
-For a server: `TRM_AUDIT_RECORD=rollouts/ vllm serve ... --logits-processors trm_audit.record.vllm:VllmRecorder`. Of a
-request's `extra_args`, `rollout_id`, `group_id` and `policy_version` go into the columns of these names;
-`{"record": False}` leaves the request out. Of several logits processors, put this one last.
+For a server: `TRM_AUDIT_RECORD=rollouts/ vllm serve ... --logits-processors trm_audit.record.vllm:VllmRecorder
+--no-async-scheduling`; only the first of the model runners below needs that. Of a request's `extra_args`, `rollout_id`,
+`group_id` and `policy_version` go into the columns of these names; `{"record": False}` leaves the request out. Of
+several logits processors, put this one last.
 
 vLLM has two model runners with an interface each, and the class serves both. The first (V1) shows logits behind all
 that shapes them but top-k and top-p, and a live list of each request's tokens. The second (Model Runner V2, the default
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from trm_audit.errors import UsageError
 from trm_audit.record.evidence import Recipe
+from trm_audit.record.rows import list_too_short
 from trm_audit.record.running import Request, Running
 from trm_audit.record.vllm_requests import check, request_of, unrecorded, wanted
 from trm_audit.record.writer import RolloutWriter
@@ -73,9 +75,10 @@ class VllmRecorder(FirstInterface, SecondInterface):
         self._at: dict[int, Request] = {}
         self._output: dict[Request, list[int]] = {}
         self._said: set[str] = set()
+        self._recipe = _recipe()
         self._running: Running | None = None
         if _writes(vllm_config, first=self._states is None):
-            self._running = Running(RolloutWriter(_folder(), engine="vllm"), _recipe())
+            self._running = Running(RolloutWriter(_folder(), engine="vllm"), self._recipe)
 
     @classmethod
     def to(cls, folder: str | os.PathLike[str], *, k: int = 20, dim: int = 64, seed: int = 1) -> type[VllmRecorder]:
@@ -224,11 +227,14 @@ class VllmRecorder(FirstInterface, SecondInterface):
         if reason := unrecorded(params):
             self._say_once(reason)
             return None
-        return request_of(params, prompt_len, stage, self._longest)
+        request = request_of(params, prompt_len, stage, self._longest)
+        if few := list_too_short(request.sampling, self._recipe.k, f"k={{}} in VllmRecorder.to or {RECIPE}"):
+            self._say_once(few, kind="top_k")
+        return request
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _say_once(self, text: str, kind: str = "") -> None:
+        if (kind or text) not in self._said:
+            self._said.add(kind or text)
             log.warning("%s", text)
 
 

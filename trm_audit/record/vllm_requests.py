@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trm_audit.record.running import Request
@@ -38,6 +39,13 @@ def check(params: Any) -> None:
         raise ValueError(f"{reason} Drop it, or leave the request out with extra_args={{'record': False}}.")
     if not isinstance(named.get("policy_version", 0), int):
         raise ValueError(f"policy_version is {named['policy_version']!r}, an integer is needed.")
+    if not -(2**63) <= (named.get("policy_version") or 0) < 2**63:
+        raise ValueError(f"policy_version is {named['policy_version']}, which 64 bits do not hold.")
+    for name in ("rollout_id", "group_id"):
+        try:
+            str(named.get(name, "")).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is {named[name]!a}, which is no Unicode text.") from None
     if named.get("rollout_id") is not None and params.n > 1:
         raise ValueError(
             f"rollout_id {named['rollout_id']!r} would name {params.n} rollouts (n > 1). Give group_id and no "
@@ -56,8 +64,9 @@ def request_of(params: Any, prompt_len: int, stage: str, longest: int) -> Reques
     """
     named = params.extra_args or {}
     columns = {name: named[name] for name in NAMED if named.get(name) is not None}
-    if shaping := _shaping(params):
-        columns["logits_processors"] = ", ".join(shaping)
+    on = _shaping(params)
+    if on:
+        columns["logits_processors"] = ", ".join(_named(on))
     room = longest - prompt_len
     return Request(
         prompt_len=prompt_len,
@@ -65,6 +74,7 @@ def request_of(params: Any, prompt_len: int, stage: str, longest: int) -> Reques
         stops=_stops(params),
         limit=room if params.max_tokens is None else min(params.max_tokens, room),
         min_p=float(params.min_p) if stage == "raw" else 0.0,
+        shaping=on,
         columns=columns,
     )
 
@@ -80,9 +90,12 @@ def overriding(params: Any) -> str:
     return f"{names[0]} puts tokens in place of sampled ones, which cannot be recorded." if names else ""
 
 
-def _shaping(params: Any) -> list[str]:
+def _shaping(params: Any) -> dict[str, object]:
     found = {name: getattr(params, name, None) for name in SHAPING}
-    on = {name: value for name, value in found.items() if value is not None and value not in SHAPING[name]}
+    return {name: value for name, value in found.items() if value is not None and value not in SHAPING[name]}
+
+
+def _named(on: Mapping[str, object]) -> list[str]:
     return [f"{name}={value:g}" if isinstance(value, int | float) else name for name, value in on.items()]
 
 

@@ -15,10 +15,14 @@ What is not known while sampling may be absent. To add rewards later, read a sha
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.util import Finalize
 from pathlib import Path
 from threading import Lock
@@ -28,6 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from trm_audit.errors import BadInput, OutputError, UsageError
 from trm_audit.numerics.ragged import Bools
@@ -41,6 +46,15 @@ from trm_audit.shards.sketches import sketch_columns
 
 BYTES_PER_SHARD = 256 << 20
 """Evidence that is held at most before a shard is written, however few its rows: long responses are large."""
+BYTES_WAITING = 1 << 30
+"""Evidence that is held at most while nothing can be written; beyond it the oldest rollouts are dropped."""
+BYTES_PER_ROW = 2000
+"""What a row takes in memory besides its values, about."""
+LEADING = ("rollout_id", "group_id", "prompt_ids", "response_ids", "response_mask")
+UNSTORABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)
+"""What Arrow and Parquet raise at values that they cannot hold."""
+
+log = logging.getLogger(__name__)
 
 
 class RolloutWriter:
@@ -56,10 +70,12 @@ class RolloutWriter:
         folder: made if it is not there.
         engine: what samples, for the column of that name.
         rows_per_shard: a shard is written when so many rows are there.
-        seconds: or when a row is added so long after the first of them.
+        seconds: or when a row is added so long after the first of them. After a shard could not be written, `add` waits
+            so long before it tries again; what is held meanwhile is at most 1 GiB, then the oldest rollouts are dropped
+            and the log says how many.
 
     Raises:
-        UsageError: the numbers are not above 0.
+        UsageError: the numbers are not above 0, or the folder is the output of a command.
         OutputError: the folder cannot be made.
     """
 
@@ -78,6 +94,12 @@ class RolloutWriter:
         self._kinds: dict[str, pa.DataType] = {}
         self._closed = False
         self._start()
+        if (self.folder / "run.json").is_file():
+            raise UsageError(
+                "is the output of a trm-audit command, whose readers would not see what is recorded",
+                place=str(self.folder),
+                next_step="Give another folder.",
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,7 +109,7 @@ class RolloutWriter:
         self._name, self._process, self._lock = uuid.uuid4().hex[:12], os.getpid(), Lock()
         self._rows: list[Row] = []
         self._seen: set[str] = set()
-        self._shards, self._bytes, self._since = 0, 0, 0.0
+        self._shards, self._bytes, self._since, self._retry, self._dropped = 0, 0, 0.0, 0.0, 0
         self._at_exit = Finalize(None, self.close, exitpriority=0)  # atexit is not run in processes of multiprocessing
 
     def _own(self) -> None:
@@ -106,6 +128,11 @@ class RolloutWriter:
     def __len__(self) -> int:
         """Rows that are not published yet."""
         return len(self._rows)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the latest attempt to write failed, less than `seconds` ago: `add` makes no other until then."""
+        return time.monotonic() < self._retry
 
     def add(
         self,
@@ -142,7 +169,7 @@ class RolloutWriter:
 
         Raises:
             BadInput, UsageError: what a reader of the shard would refuse; the row is not taken.
-            OutputError: a shard cannot be written; the rows are kept for the next attempt.
+            OutputError: a shard cannot be written; the rows, this one too, are kept for the next attempt.
         """
         self._own()
         given = {
@@ -160,7 +187,9 @@ class RolloutWriter:
         with self._lock:
             self._take(row)
             late = time.monotonic() - self._since >= self._seconds
-            if len(self._rows) >= self._rows_per_shard or self._bytes >= BYTES_PER_SHARD or late:
+            if self.blocked:
+                self._drop_oldest()
+            elif len(self._rows) >= self._rows_per_shard or self._bytes >= BYTES_PER_SHARD or late:
                 self._publish()
         return row.name
 
@@ -170,20 +199,35 @@ class RolloutWriter:
         if row.name in self._seen:
             raise BadInput("was added before", place=row.place, next_step="Add each rollout once, or name it anew.")
         kinds = {name: self._kind(name, value, row) for name, value in row.extra.items()}
+        try:
+            stored = pa.table(_given([row], self._kinds | kinds))
+            stored.validate()
+        except UNSTORABLE as error:
+            raise BadInput(
+                f"cannot be stored: {error}",
+                place=row.place,
+                next_step="Give each column plain values of the type that schemas/rollout.md has for it.",
+            ) from error
+        row = replace(row, size=stored.nbytes + row.evidence_bytes + BYTES_PER_ROW)
         self._kinds |= kinds
         self._since = self._since if self._rows else time.monotonic()
         self._seen.add(row.name)
         self._rows.append(row)
-        self._bytes += row.nbytes
+        self._bytes += row.size
 
     def _kind(self, name: str, value: object, row: Row) -> pa.DataType:
-        """Type that holds a column's values so far and this one."""
+        """Type that holds a column's values so far and this one, without loss, and that Parquet can store."""
         try:
             if name in ROLLOUT_COLUMNS:
                 return pa.array([value], ROLLOUT_COLUMNS[name].type).type
-            both = [pa.schema([(name, kind)]) for kind in (self._kinds.get(name, pa.null()), pa.array([value]).type)]
-            return pa.unify_schemas(both, promote_options="permissive").field(name).type
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            before = self._kinds.get(name)
+            both = [pa.schema([(name, one)]) for one in (before, pa.array([value]).type) if one is not None]
+            kind = pa.unify_schemas(both, promote_options="permissive").field(name).type
+            if kind != before:
+                values = pa.array([one.extra.get(name) for one in self._rows], kind)
+                pq.write_table(pa.table({name: values[:0]}), io.BytesIO())
+            return kind
+        except UNSTORABLE as error:
             raise BadInput(
                 f"column {name!r} cannot hold {value!r}: {error}",
                 place=row.place,
@@ -217,29 +261,50 @@ class RolloutWriter:
             os.replace(temporary, file)
             sync_folder(self.folder)
         except OSError as error:
+            self._retry = time.monotonic() + self._seconds
             raise OutputError(
                 f"cannot be written ({error.strerror or error})",
                 place=str(file),
                 next_step=f"Make room: the {len(self._rows)} rollouts are kept in memory, flush() tries again.",
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
-        self._rows, self._bytes, self._shards = [], 0, self._shards + 1
+            with suppress(OSError):  # the folder may be gone: that is said already
+                temporary.unlink(missing_ok=True)
+        self._rows, self._bytes, self._shards, self._retry = [], 0, self._shards + 1, 0.0
+
+    def _drop_oldest(self) -> None:
+        """Keeps what waits for a disk within bounds; a quarter goes at once, so that the log is short."""
+        if self._bytes <= BYTES_WAITING:
+            return
+        gone = 0
+        while self._bytes > BYTES_WAITING * 3 // 4 and gone < len(self._rows) - 1:
+            self._bytes -= self._rows[gone].size
+            gone += 1
+        del self._rows[:gone]
+        self._dropped += gone
+        log.error(
+            "%s cannot be written for too long: the %d oldest rollouts that waited were dropped, %d in all, %d wait.",
+            self.folder, gone, self._dropped, len(self._rows),
+        )  # fmt: skip
 
 
 def _table(rows: Sequence[Row], kinds: Mapping[str, pa.DataType]) -> pa.Table:
     """A shard's columns. Those of schemas/rollout.md are there in every shard, so that all have one schema."""
-    columns: dict[str, pa.Array] = {}
-    for name in ("rollout_id", "group_id", "prompt_ids", "response_ids", "response_mask"):
-        columns[name] = pa.array([row.values[name] for row in rows], ROLLOUT_COLUMNS[name].type)
-    columns |= _evidence_columns(rows, [row.values["response_mask"] for row in rows])
+    given = _given(rows, kinds)
+    evidence = _evidence_columns(rows, [row.values["response_mask"] for row in rows])
+    return pa.table({name: given[name] for name in LEADING} | evidence | given)
+
+
+def _given(rows: Sequence[Row], kinds: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+    """All columns but those of the evidence, whose arrays are of this package's own making."""
+    columns = {name: pa.array([row.values[name] for row in rows], ROLLOUT_COLUMNS[name].type) for name in LEADING}
     for name in ("temperature", "top_p", "top_k", "logprobs_mode"):
         columns[name] = pa.array([getattr(row.sampling, name) for row in rows], ROLLOUT_COLUMNS[name].type)
     columns["policy_version"] = _versions(rows)
     for name in ("reward", "engine", "finish_reason"):
         columns[name] = pa.array([row.values[name] for row in rows], ROLLOUT_COLUMNS[name].type)
     present = dict.fromkeys(name for row in rows for name in row.extra)
-    return pa.table(columns | {name: pa.array([row.extra.get(name) for row in rows], kinds[name]) for name in present})
+    return columns | {name: pa.array([row.extra.get(name) for row in rows], kinds[name]) for name in present}
 
 
 def _evidence_columns(rows: Sequence[Row], masks: Sequence[Bools]) -> dict[str, pa.Array]:

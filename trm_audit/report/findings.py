@@ -60,6 +60,9 @@ SENTENCES = {
     "tempered_policy": "Log-probabilities from before the truncation (top-p, top-k) in {n} of {of} sequences: policies "
     "are compared without it, and nothing can be said of the one that sampled. Have the engine store processed "
     "log-probabilities, or full logits.",
+    "truncated_sampler": "{n} of {of} sequences were sampled with top-p or top-k, and the trainer is not truncated: "
+    "their KL and TV count what was cut off, which equal weights would show as well (KL of minus the log of the "
+    "trainer's probability on what was left{about}).{sketch} Sample without truncation to audit the engine alone.",
     "several_policy_versions": "Weights changed while a response was sampled, in {n} of {of} sequences: figures by "
     "staleness and version count each of them as its oldest. Divergences hold token by token. For one policy in each "
     "sequence let responses end before the engine takes new weights.",
@@ -93,7 +96,7 @@ _RAW_TRUNCATED = (
 )
 _PROCESSED_TRUNCATED = (
     "A truncated sampler (top-p, top-k) does this: the mean is the share of the trainer's probability on what was "
-    "left, and k3 understates KL by about {missing:.2g} a token. Read exact KL where there is one."
+    "left, and k3 understates KL by about {missing:.2g} a token. Read KL or its estimate where there is one."
 )
 _NOT_TRUNCATED = (
     "No truncation that is recorded explains it. Check temperature, top_p, top_k and logprobs_mode; if they are "
@@ -139,6 +142,7 @@ def findings(
         *_in_lists(quality),
         *_in_counts(counts),
         *_mean_ratio(quality, counts, metrics.get("mean_ratio")),
+        *_truncated(quality, counts, metrics.get("mean_ratio")),
         *_retokenized(quality, tokenizer),
         *_length_correlated(quality),
         *_low_acceptance(counts, acceptance, violations),
@@ -218,6 +222,15 @@ def _mean_ratio(quality: QualityTotals, counts: Counts, ratio: Metric | None) ->
         why = _NOT_TRUNCATED
     said = SENTENCES["mean_ratio"].format(value=ratio.value, low=ratio.low, high=ratio.high, why=why)
     yield Finding("mean_ratio", said)
+
+
+def _truncated(quality: QualityTotals, counts: Counts, ratio: Metric | None) -> Iterator[Finding]:
+    """Distributions of a truncated sampler: E[ratio] is then the trainer's probability on what was left."""
+    n, of = quality.counts["num_cut"], quality.counts["num_rows"]
+    known = ratio is not None and n == of and 0 < ratio.value < 1
+    about = f", {-math.log(ratio.value):.2g} a token by the mean ratio" if known and ratio is not None else ""
+    sketch = " Estimates from sketches count the part outside the list up to twice." * bool(counts.grades.get("sketch"))
+    yield from _say("truncated_sampler", n, of, about=about, sketch=sketch)
 
 
 def _retokenized(quality: QualityTotals, tokenizer: TokenText | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +20,8 @@ EXACT_ERROR, EXACT_LEAST = 2e-4, 1e-8
 """What the exact figures themselves may be off in float32, relative and absolute."""
 SEQUENCES = tuple(f"seq_max_{name}" for name in ("kl", "tv", "k2", "kl_estimate", *(bound for bound, _, _ in BOUNDS)))
 TOKENS = ("kl", "tv", *(bound for bound, _, _ in BOUNDS))
+LEAST_WIDTH = 120
+"""Columns of a table in a file, a pipe or a log, which have no width of their own."""
 TIGHT = 1.1
 """A bound of TV that is at most this much above the truth, in median, is as good as the truth."""
 
@@ -177,6 +180,14 @@ def _verdicts(kind: str, kl: Floats, mine: Mapping[str, Floats], delta: float) -
     )
 
 
+def console_on(stream: IO[str]) -> Console:
+    """A console that is wide enough for the tables where the stream is no terminal."""
+    console = Console(file=stream)
+    if not console.is_terminal:
+        console.width = max(console.width, LEAST_WIDTH)
+    return console
+
+
 def render_loss(loss: Loss, console: Console) -> None:
     """Prints what one way of packing loses."""
     console.print(
@@ -211,19 +222,15 @@ def render_plan(losses: Sequence[Loss], console: Console) -> None:
     deltas = "/".join(number(one.delta) for one in first.verdicts)
     console.print(
         f"measured on {first.num_sequences:,} rollouts of {first.num_tokens:,} tokens, "
-        f"{first.bytes_before:,.0f} bytes a token as they are",
+        f"{first.bytes_before:,.0f} bytes a token as they are\n"
+        f"bytes: of a token, before compression; at max KL {deltas}, changed: rollouts decided otherwise than by the "
+        "exact KL, open: rollouts that the bounds of KL, or of TV, leave undecided",
         highlight=False,
     )
-    table = _table(
-        "--to",
-        "bytes a token",
-        "times less",
-        "KL / exact, 5-95 %",
-        "TV bound / exact",
-        f"changed at max KL {deltas}",
-        "undecided by KL",
-        "undecided by TV",
-    )
+    columns = ("times\nless", "KL / exact\n5-95 %", "TV bound\n/ exact", "changed", "open KL", "open TV")
+    table = _table("--to", "bytes", *columns)
+    for column, least in zip(table.columns, (len("sketch:256,256"), len("100,000")), strict=False):
+        column.no_wrap, column.min_width = True, least
     for loss in losses:
         undecided = [one.undecided for one in loss.verdicts], [one.undecided_tv for one in loss.verdicts]
         table.add_row(
@@ -254,10 +261,11 @@ def plan_sentence(losses: Sequence[Loss]) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
+    """Where there is little room its first column, which names the rows, stays whole, and no figure is cut off."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for heading in others:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

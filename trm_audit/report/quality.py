@@ -51,7 +51,8 @@ class QualityTotals:
         counts: sequences but for those named `*_tokens`. num_rows; num_logprobs: with a rollout log-probability;
             num_placeholders, placeholder_tokens; num_zero_tails; num_shift_tried, num_later, num_earlier: where the
             rollout's value of a token stands one place later or earlier; num_several_versions; num_checked,
-            num_disagreeing, disagreeing_tokens; num_truncated: sampled with top-p or top-k.
+            num_disagreeing, disagreeing_tokens; num_truncated: sampled with top-p or top-k; num_cut: and
+                compared as distributions.
         kept, rejected: policy tokens of the sequences that have any, by verdict.
         sample: responses to tokenize again.
     """
@@ -75,6 +76,9 @@ class QualityTotals:
             num_disagreeing=int(np.count_nonzero(disagreements > 0)),
             disagreeing_tokens=int(np.nansum(disagreements)),
             num_truncated=int(np.count_nonzero(truncated)),
+            num_cut=int(
+                np.count_nonzero(truncated & (_equals(batch, "grade", "exact") | _equals(batch, "grade", "sketch")))
+            ),
             num_several_versions=_several_versions(batch),
         )
         rollout = batch.aligned("rollout_logprobs")

@@ -19,8 +19,8 @@ from trm_audit.report.columns import ScoreBatch
 from trm_audit.report.distributions import quantiles
 from trm_audit.report.summary import BoundWidths
 from trm_audit.report.totals import evidence_rows, merged
+from trm_audit.rollout import BOUNDED_GRADES
 
-BOUNDED_GRADES = ("sketch", "interval")
 BOUNDED = ("kl", "tv")
 """What has a lower and an upper bound at these grades."""
 SKETCH_SETTINGS = ("sketch_dim", "sketch_seed")

@@ -26,7 +26,7 @@ from trm_audit.shards.write import ParquetSink
 
 LOCK_SECONDS = 60.0
 STREAM_SHARD = "stream.parquet"
-NOT_TOLD_APART = frozenset({"fingerprint", "model", "device_map", "noise_floor"})
+NOT_TOLD_APART = frozenset({"fingerprint", "model", "device_map", "noise_floor", "evidence_worth"})
 """What a run says of itself beside its fingerprint: names of what a hash identifies, figures measured on the way."""
 
 

@@ -99,7 +99,7 @@ def _take_apart(rows: Rows, rules: RowRules, step: float) -> RolloutBatch:
     sampling = read_sampling(rows, rules.defaults, rules.mode_given)
     logprobs, has_logprobs = read_logprobs(rows, "rollout_logprobs", response, mask)
     topk, has_topk = read_topk(rows, response, mask, sampling, step, rules.vocab_size)
-    sketches, has_sketch = read_sketches(rows, response, mask, has_topk, rules.vocab_size)
+    sketches, has_sketch = read_sketches(rows, response, mask, topk, has_topk, rules.vocab_size)
     num_tokens = segment_sum(mask.astype(np.float64), response.offsets)
     version = read_version(rows, response, mask)
     ids: list[str] = rows.columns.column("rollout_id").to_pylist()

@@ -85,8 +85,15 @@ ROLLOUT_COLUMNS: Mapping[str, Column] = {
 }
 
 VERSION_PER_TOKEN = Column(pa.list_(pa.int64()), _list_of(pt.is_integer))
-BULKY = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_sketch", "rollout_tail_mass", "routed_experts")
-"""Evidence that score shards leave behind."""
+BULKY = (
+    "rollout_topk_ids",
+    "rollout_topk_logprobs",
+    "rollout_sketch",
+    "rollout_tail_mass",
+    "rollout_entropy",
+    "routed_experts",
+)
+"""Evidence that score shards leave behind; of the entropy they have a column of their own."""
 
 BLOCK_COLUMNS: Mapping[str, Column] = {
     "rollout_id": Column(pa.string(), _text, required=True),

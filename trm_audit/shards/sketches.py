@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from trm_audit.numerics.ragged import Bools, Floats, Ints, Ragged
-from trm_audit.rollout import Sketches
+from trm_audit.numerics.ragged import Bools, Floats, Ints, Ragged, segment_sum
+from trm_audit.rollout import Sketches, TopK
 from trm_audit.shards.faults import Rows
-from trm_audit.shards.lists import per_token
+from trm_audit.shards.lists import list_arrays, made_lists, per_token
 
-LEAST_DIM = 64
+LEAST_DIM = 64  # as in numerics.sketch, which needs torch
 STORED = np.dtype("<f2")
 NUMBERS = ("sketch_dim", "sketch_seed", "sketch_vocab_size")
 LENGTH_RANGE = (0.1, 10.0)
@@ -46,10 +46,12 @@ def sketch_columns(rows: Sequence[Arrays | None], masks: Sequence[Bools]) -> dic
         return pa.array([None if row is None else row[name] for row in spread], kind)
 
     floats = pa.list_(pa.float32())
+    lists = [None if row is None else made_lists(row, mask) for row, mask in zip(rows, masks, strict=True)]
+    topk_ids, topk_logprobs = list_arrays(lists, TOPK_TYPE)
     return {
         "rollout_logprobs": column("logprobs", floats),
-        "rollout_topk_ids": column("topk_ids", pa.list_(pa.list_(pa.int32()))),
-        "rollout_topk_logprobs": column("topk_logprobs", TOPK_TYPE),
+        "rollout_topk_ids": topk_ids,
+        "rollout_topk_logprobs": topk_logprobs,
         "rollout_sketch": column("vectors", pa.large_binary()),
         "rollout_tail_mass": column("tail_mass", floats),
         "rollout_entropy": column("entropy", floats),
@@ -60,7 +62,7 @@ def sketch_columns(rows: Sequence[Arrays | None], masks: Sequence[Bools]) -> dic
 
 
 def _spread(row: Arrays, mask: Bools) -> dict[str, Any]:
-    """Values of one row over all its response tokens, as Arrow takes them."""
+    """Values of one row but its lists over all its response tokens, as Arrow takes them."""
     at = np.flatnonzero(mask)
     if len(at) != len(row["logprobs"]):
         raise ValueError(f"{len(at)} policy tokens and evidence of {len(row['logprobs'])}")
@@ -73,24 +75,19 @@ def _spread(row: Arrays, mask: Bools) -> dict[str, Any]:
         values = np.zeros(len(mask), dtype=np.float32)
         values[at] = row[name]
         out[name] = values
-    there = row["topk_logprobs"] > -np.inf
-    for name in ("topk_ids", "topk_logprobs"):
-        lists: list[Any] = [row[name][:0, 0]] * len(mask)
-        for i, token in enumerate(at):
-            lists[token] = row[name][i][there[i]]
-        out[name] = lists
     return out
 
 
 def read_sketches(
-    rows: Rows, response: Ragged, mask: Bools, lists: Bools, vocab_size: int | None
+    rows: Rows, response: Ragged, mask: Bools, topk: TopK | None, lists: Bools, vocab_size: int | None
 ) -> tuple[Sketches | None, Bools]:
     """Rule 13. The sketches, and which rows have one.
 
     Args:
         response: token ids.
         mask: [response tokens] True at policy tokens.
-        lists: [rows] whether the row has top-K lists.
+        topk: the lists, None without any.
+        lists: [rows] whether the row has them.
         vocab_size: of the model, None without one.
     """
     column = rows.column("rollout_sketch")
@@ -116,7 +113,9 @@ def read_sketches(
     offsets = np.concatenate([[0], np.cumsum(dim * response.lengths)]).astype(np.int64)
     vectors = Ragged(np.frombuffer(joined, STORED).astype(np.float16, copy=False), offsets)
     found = Sketches(vectors, dim, seed, per_token(tails, response, np.nan))
+    assert topk is not None
     _check_values(rows, found, response, mask, has)
+    _check_masses(rows, found, topk, response, mask, has)
     return found, has
 
 
@@ -175,6 +174,16 @@ def _check_values(rows: Rows, found: Sketches, response: Ragged, mask: Bools, ha
         ratio = length / found.tail_mass
         odd = looked_at & (found.tail_mass > 1e-5) & ~((ratio > LENGTH_RANGE[0]) & (ratio < LENGTH_RANGE[1]))
     _note(rows, response, owner, odd, "rollout_sketch at position {at} does not have the length of its tail mass")
+
+
+def _check_masses(rows: Rows, found: Sketches, topk: TopK, response: Ragged, mask: Bools, has: Bools) -> None:
+    """List and tail are of one distribution: together 1, but for the rounding of the list."""
+    owner = np.repeat(np.arange(len(rows)), response.lengths)
+    p = np.exp(np.minimum(topk.logprobs, 0))
+    listed, rounding = (segment_sum(one, topk.offsets) for one in (p, p * np.abs(topk.logprobs) * topk.step))
+    with np.errstate(invalid="ignore"):
+        off = mask & has[owner] & ~(np.abs(listed + found.tail_mass - 1) <= MASS_SLACK + rounding)
+    _note(rows, response, owner, off, "list and rollout_tail_mass at position {at} do not make 1 together")
 
 
 def _note(rows: Rows, response: Ragged, owner: Ints, bad: Bools, cause: str) -> None:
