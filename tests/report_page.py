@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from report_rows import run_with_floor
+from report_rows import run_with_floor, worth_of
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
@@ -49,6 +49,7 @@ from trm_audit.report.summary import (
     TokenMasking,
     Violations,
 )
+from trm_audit.report.worth import evidence_worth
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -336,6 +337,7 @@ def full_summary(hostile: tuple[str, ...] = HOSTILE) -> AuditSummary:
             "sketch": BoundWidths(0.95, {"64": 41}, {"1": 40, "7": 1}, *widths(0.03, 601, 41)),
             "interval": BoundWidths(None, {}, {}, *widths(2.5, 702, 43)),
         },
+        evidence_worth=evidence_worth([{"evidence_worth": worth_of()}], 0.05, "kl"),
         **acceptance(),  # type: ignore[arg-type]
         d_max={"seq_max_kl": 31.4159, "seq_max_tv": 0.99},
         d_seq={"seq_sum_kl": SequenceTotal(MeanInterval(0.5509, 0.2814, 0.8205, 100), "95 %, cluster-robust")},

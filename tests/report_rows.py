@@ -74,6 +74,23 @@ def noise_of(**given: float) -> dict[str, dict[str, float]]:
     }
 
 
+def worth_of(**given: Any) -> dict[str, Any]:
+    """What a run says of the worth of other evidence (schemas/score.md): the more bytes, the more is certain."""
+    worth = {"num_rollouts": 8, "num_tokens": 200, "num_cut": 0, "num_exact": 8, "confidence": 0.95} | given
+    deltas = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    sizes = {"topk:1024": 6144, "topk:64": 384, "topk:8": 48, "sketch:20,64": 260}
+    kinds: dict[str, Any] = {}
+    for name, size in sizes.items():
+        kinds[name] = {"bytes_per_token": size}
+        for factor, divergence in ((1, "kl"), (2, "tv")):
+            share = [min(1.0, factor * size / 10_000 + 0.05 * i) for i in range(len(deltas))]
+            kinds[name][divergence] = {
+                of: [int(worth[f"num_{total}"] * each) for each in share]
+                for of, total in (("positions", "tokens"), ("sequences", "rollouts"))
+            }
+    return worth | {"full_bytes": 98304, "deltas": deltas, "kinds": kinds}
+
+
 def random_rows(rng: np.random.Generator, count: int, grade: str = "exact", groups: int = 5) -> list[Row]:
     """Rows of one grade with plausible divergences, masks with holes, rewards, versions; some without policy tokens."""
     return [_random_row(rng, i, grade, groups) for i in range(count)]

@@ -34,10 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "criteria": {"criteria", "rollout", "errors", "numerics"},
     "shards": {"shards", "rollout", "errors", "numerics"},
     "record": {"record", "shards", "rollout", "errors", "numerics", "__init__"},
+    "adapters": {"adapters", "shards", "rollout", "errors", "numerics"},
     "engine": {"engine", "record", "shards", "rollout", "errors", "numerics"},
     "report": {"report", "rollout", "errors", "numerics"},
     "pipeline": {
         "pipeline",
+        "adapters",
         "engine",
         "record",
         "report",
@@ -48,7 +50,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "numerics",
         "__init__",
     },
-    "cli": {"pipeline", "report", "criteria", "console", "flags", "rollout", "errors", "numerics", "__init__"},
+    "cli": {
+        "pipeline",
+        "adapters",
+        "report",
+        "criteria",
+        "console",
+        "flags",
+        "rollout",
+        "errors",
+        "numerics",
+        "__init__",
+    },
     "__init__": set(),
 }
 """Which parts of the package a part may import (`__init__` stands for the version)."""

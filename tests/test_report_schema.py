@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from jsonschema import Draft202012Validator
-from report_rows import random_rows, run_with_floor, score_batch
+from report_rows import random_rows, run_with_floor, score_batch, worth_of
 
 from trm_audit.numerics.bounds import Bound
 from trm_audit.numerics.confidence import MeanInterval
-from trm_audit.report import blocks, noise
+from trm_audit.report import blocks, noise, worth
 from trm_audit.report import summary as tree
 from trm_audit.report.builder import SummaryBuilder
 
@@ -50,6 +50,7 @@ CASES = {
     "an infinite noise floor": report(("sampled",), runs=[run_with_floor(kl_max=math.inf)], limits=[("seq_max_kl", 1)]),
     "noise in one comparison": report(("exact",), runs=[run_with_floor(composition=None)]),
     "sketches at a stated confidence": report(("sketch",), runs=[{"dtype": "float32", "confidence": 0.99}]),
+    "what other evidence would decide": report(("exact",), runs=[{"evidence_worth": worth_of()}]),
     "noise not measured": report(("exact",), runs=[{"dtype": "bfloat16", "noise_floor": None}]),
 }
 
@@ -78,6 +79,7 @@ def test_every_report_fits_the_schema(case: str) -> None:
         (("bounds", "all", "exact", "vacuous"), "yes"),
         (("metrics", "mean_ratio", "value"), "nan"),
         (("noise_floor",), {"float32": None}),
+        (("evidence_worth",), {"kinds": {}}),
     ],
 )
 def test_what_no_report_contains_is_refused(path: tuple[str, ...], value: object) -> None:
@@ -114,6 +116,9 @@ DEFINITIONS = {
     "counts": tree.Counts,
     "quantiles": tree.Quantiles,
     "bound_widths": tree.BoundWidths,
+    "evidence_worth": worth.EvidenceWorth,
+    "evidence_kind": worth.EvidenceKind,
+    "certain": worth.Certain,
     "curve": tree.Curve,
     "combined": tree.CombinedAcceptance,
     "interval": MeanInterval,

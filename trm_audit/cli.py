@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from trm_audit import __version__
+from trm_audit.adapters import SOURCES, TARGETS
 from trm_audit.console import duration, printable, say, watching
 from trm_audit.errors import (
     EXIT_BAD_INPUT,
@@ -267,12 +268,10 @@ def pack(
 
     The input is never touched. The output is rollout shards again, which score reads.
     """
-    from rich.console import Console
-
     from trm_audit.pipeline.pack import pack as run
     from trm_audit.pipeline.pack_loss import plan as measure
     from trm_audit.pipeline.pack_options import PackOptions, Target
-    from trm_audit.report.pack_tables import render_loss, render_plan
+    from trm_audit.report.pack_tables import console_on, render_loss, render_plan
 
     if plan == (to is not None) or plan == (output is not None):
         raise UsageError(
@@ -285,15 +284,73 @@ def pack(
         else:
             result = run(inputs, str(output), options, progress=watch)
     if plan:
-        render_plan(losses, Console(file=sys.stdout))
+        render_plan(losses, console_on(sys.stdout))
         return
     for sentence in result.sentences(options):
         say(sentence)
     if result.loss is not None:
-        render_loss(result.loss, Console(file=sys.stderr))
+        render_loss(result.loss, console_on(sys.stderr))
     say(f"packed {result.packed:,} of {result.rows:,} rollouts in {duration(result.seconds)} -> {output}")
     if result.num_skipped or result.bad_shards:
         sys.exit(EXIT_PARTIAL)
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--from", "source", type=click.Choice(sorted(SOURCES)), required=True, help="Format of the files.")
+@click.option("-o", "--output", required=True, help="Output folder.")
+@click.option("--temperature", type=float, help="Of rollouts whose file does not say.")
+@click.option("--top-p", type=float, help="Of rollouts whose file does not say.")
+@click.option("--top-k", type=int, help="Of rollouts whose file does not say.")
+@click.option(
+    "--logprobs-mode",
+    type=click.Choice(["raw", "tempered", "processed"]),
+    help="Stage of the log-probabilities, where the file does not say.",
+)
+@SKIP_BAD
+@OVERWRITE
+def convert(inputs: tuple[str, ...], source: str, output: str, skip_bad: bool, overwrite: bool, **given: Any) -> None:
+    """Turn raw outputs of engines and dumps of trainers into rollout shards.
+
+    INPUTS are files and folders.
+    """
+    from trm_audit.adapters.base import Given
+    from trm_audit.pipeline.convert import ConvertOptions
+    from trm_audit.pipeline.convert import convert as run
+
+    with watching("convert") as watch:
+        result = run(inputs, output, ConvertOptions(source, Given(**given), skip_bad, overwrite), progress=watch)
+    for sentence in result.assumed:
+        say(f"Assumed: {sentence}")
+    grades = "".join(f"; {count:,} {grade}" for grade, count in sorted(result.grades.items()))
+    left_out = f"; left out {result.num_skipped:,} rows and {result.bad_files:,} files" * bool(
+        result.num_skipped or result.bad_files
+    )
+    say(
+        f"{result.rows:,} rollouts, {result.num_tokens:,} policy tokens in {result.shards + result.done:,} "
+        f"shards{grades}{left_out} -> {output}"
+    )
+    if left_out:
+        sys.exit(EXIT_PARTIAL)
+
+
+@cli.command()
+@INPUTS
+@click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="Whose format is written.")
+@click.option("-o", "--output", required=True, help="Output folder.")
+@ALLOW_PARTIAL
+@OVERWRITE
+def export(inputs: tuple[str, ...], target: str, output: str, allow_partial: bool, overwrite: bool) -> None:
+    """Write training shards as what a trainer takes in."""
+    from trm_audit.pipeline.export import ExportOptions
+    from trm_audit.pipeline.export import export as run
+
+    with watching("export") as watch:
+        result = run(inputs, output, ExportOptions(target, allow_partial, overwrite), progress=watch)
+    for sentence in result.remarks:
+        say(sentence)
+    info = result.info
+    say(f"exported {info.num_rows:,} sequences, {info.n_kept:,} of {info.n_total:,} kept -> {output}")
 
 
 @cli.command()

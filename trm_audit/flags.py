@@ -197,7 +197,8 @@ MODEL_FLAGS = (
     click.option(
         "--noise-floor",
         type=ShareOrNone(),
-        help="Measure the precision's noise on a share of the rollouts, as 1%; 0 for none [default: on a few].",
+        help="Measure the precision's noise on a share of the rollouts, as 1%; 0 measures nothing at the start, "
+        "nor what other stored evidence would decide [default: on a few].",
     ),
 )
 

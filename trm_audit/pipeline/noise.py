@@ -1,4 +1,4 @@
-"""Which rollouts the noise of the precision is measured on.
+"""Which rollouts the noise of the precision, and what other evidence would decide, are measured on.
 
 They are the first of the whole run, or a share of its groups, whatever is left to do: a run that goes on and another
 `--part` of it measure on the same ones.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,12 @@ from trm_audit.shards import schema
 from trm_audit.shards.read import Shard, read_batches, rows_at_once
 from trm_audit.shards.rows import RowRules, read_rows
 
+if TYPE_CHECKING:
+    from trm_audit.shards.logits import StoredLogits
+
+    Found = Iterator[tuple[RolloutBatch, StoredLogits | None]]
+    """Checked rollouts, with the stored logits of their shard."""
+
 FEW = 8
 
 
@@ -36,8 +43,16 @@ def measure_noise(trainer: Trainer, shards: Sequence[Shard], selection: Selectio
     """
     if trainer.is_noisy:
         share = trainer.options.noise_floor
-        found = chain.from_iterable(_of_shard(shard, trainer, selection, share) for shard in shards)
-        trainer.measure_noise(found if share is not None else _few(found))
+        if share is None:
+            found = first_rollouts(trainer, shards, selection)
+        else:
+            found = chain.from_iterable(_of_shard(shard, trainer, selection, share) for shard in shards)
+        trainer.measure_noise(batch for batch, _ in found)
+
+
+def first_rollouts(trainer: Trainer, shards: Sequence[Shard], selection: Selection) -> Found:
+    """The first rollouts with policy tokens of a data set: a few, whatever shards they are in."""
+    return _few(chain.from_iterable(_of_shard(shard, trainer, selection, None) for shard in shards))
 
 
 def measure_stream_noise(trainer: Trainer, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -45,38 +60,43 @@ def measure_stream_noise(trainer: Trainer, batches: Iterator[pa.RecordBatch]) ->
     first = next(batches, None) if trainer.is_noisy else None
     if first is None:
         return batches
-    share = trainer.options.noise_floor
-    with suppress(BadInput):  # the run itself will say so
-        named = _named(first, trainer, "-")
-        rules = trainer.rules(stored_logits(trainer.options.logits), {})
-        of_share = sampled(sample_column(named), 1.0 if share is None else share)
-        found = _checked(named, np.flatnonzero(of_share), "-", rules, share)
-        trainer.measure_noise(found if share is not None else _few(found))
+    found = of_first_batch(trainer, first, trainer.options.noise_floor)
+    trainer.measure_noise(batch for batch, _ in found)
     return chain([first], batches)
 
 
-def _few(batches: Iterable[RolloutBatch]) -> Iterator[RolloutBatch]:
+def of_first_batch(trainer: Trainer, batch: pa.RecordBatch, share: float | None) -> Found:
+    """A few rollouts of a stream's first batch, or a share of its groups; none of a bad one: the run will say so."""
+    with suppress(BadInput):
+        named, logits = _named(batch, trainer, "-"), stored_logits(trainer.options.logits)
+        chosen = np.flatnonzero(sampled(sample_column(named), 1.0 if share is None else share))
+        found = ((some, logits) for some in _checked(named, chosen, "-", trainer.rules(logits, {}), share))
+        yield from found if share is not None else _few(found)
+
+
+def _few(found: Iterable[tuple[RolloutBatch, StoredLogits | None]]) -> Found:
     """Batches until `FEW` rows with policy tokens have gone by."""
     rows = 0
-    for batch in batches:
-        yield batch
+    for batch, logits in found:
+        yield batch, logits
         rows += sum(grade is not None for grade in batch.grade)
         if rows >= FEW:
             return
 
 
-def _of_shard(shard: Shard, trainer: Trainer, selection: Selection, share: float | None) -> Iterator[RolloutBatch]:
+def _of_shard(shard: Shard, trainer: Trainer, selection: Selection, share: float | None) -> Found:
     """The selected rows of a shard, or a share of their groups; bad ones are left out, since the run reports them."""
     left = selection.rows[shard.name]
     with suppress(BadInput):
-        rules = trainer.rules(stored_logits(shard.logits), selection.duplicates)
+        logits = stored_logits(shard.logits)
+        rules = trainer.rules(logits, selection.duplicates)
         for batch in read_batches(shard.path, batch_rows=rows_at_once(shard, BATCH_BYTES)):
             named = _named(batch, trainer, str(shard.path))
             chosen = np.flatnonzero(sampled(sample_column(named), selection.sample))[:left]
             left -= len(chosen)
             if share is not None:  # the hash of a group below the sample's bound is below this share of it
                 chosen = np.intersect1d(chosen, np.flatnonzero(sampled(sample_column(named), selection.sample * share)))
-            yield from _checked(named, chosen, str(shard.path), rules, share)
+            yield from ((some, logits) for some in _checked(named, chosen, str(shard.path), rules, share))
             if left == 0:
                 return
 

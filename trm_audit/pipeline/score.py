@@ -18,6 +18,7 @@ from trm_audit.pipeline.score_shards import check_finished
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
 from trm_audit.pipeline.worker import Job, Task, load
+from trm_audit.pipeline.worth import measure_stream_worth
 from trm_audit.report.decode import TOKENIZER_FILE
 from trm_audit.shards.publish import STREAM_SHARD, OutputFolder
 from trm_audit.shards.read import Shard, StreamSource, find_shards, open_stream
@@ -224,7 +225,7 @@ def _score_stream(
     if options.limit is not None or options.sample < 1 or options.part != (1, 1):
         raise UsageError("--limit, --sample and --part need files, not a stream")
     trainer = Trainer(options.on_one_device())
-    batches = measure_stream_noise(trainer, iter(stream))
+    batches = measure_stream_worth(trainer, measure_stream_noise(trainer, iter(stream)))
     run = trainer.run()
     _tell(trainer.remarks, watch)
     began = time.monotonic()

@@ -33,7 +33,8 @@ class ScoreOptions:
         sharing: how prefixes common to several rollouts are scored once: `auto`, `tree`, `fork`, `packed`, `padded`.
         batch_invariant: constant shapes, so that scores do not depend, to the bit, on who shared a batch with whom.
         compile: torch.compile of the decoder layers.
-        noise_floor: share of the rollouts that the noise of the precision is measured on; 0 is none, None a few.
+        noise_floor: share of the rollouts that the noise of the precision is measured on, None is a few; 0 measures
+            nothing, neither noise nor what other evidence would decide.
         vocab_size: cut both sides to the first n tokens; None keeps all and refuses other sizes.
         max_tokens: tokens of one forward, padding counted; None is 4,096 on a CPU and 16,384 on a GPU.
         head_rows: positions whose logits exist at once.
@@ -113,6 +114,7 @@ class Trainer:
         model: None where stored values stand in for it.
         remarks: sentences that a user should read before the first shard.
         noise: what `measure_noise` found, None before and where there is nothing to measure.
+        worth: what `measure_worth` found, likewise.
     """
 
     def __init__(self, options: ScoreOptions) -> None:
@@ -121,6 +123,7 @@ class Trainer:
         self.model: TrainerModel | None = None
         self.remarks: list[str] = []
         self.noise: Mapping[str, object] | None = None
+        self.worth: Mapping[str, object] | None = None
         self.identity: dict[str, object] = {"trainer_logprobs": options.trainer_logprobs, "sharing": None}
         if options.model is not None:
             self._load(options.model)
@@ -167,6 +170,11 @@ class Trainer:
         return self.model is not None and self.options.noise_floor != 0 and self.identity["dtype"] != "float32"
 
     @property
+    def weighs_evidence(self) -> bool:
+        """Whether it can be measured what other evidence would decide, and it is to be."""
+        return self.model is not None and self.options.noise_floor != 0
+
+    @property
     def shares(self) -> bool:
         """Whether a prefix that rows of a batch have in common is computed once."""
         return self.model is not None and self.model.sharing.rung in ("tree", "fork")
@@ -189,6 +197,19 @@ class Trainer:
                 f"tokens): kl mean {kl.mean:.1e}, p99 {kl.p99:.1e}, max {kl.max:.1e} against float32"
             )
 
+    def measure_worth(self, rollouts: Iterable[tuple[RolloutBatch, StoredLogits | None]]) -> None:
+        """Measures what evidence of other kinds would decide; what is found goes into `run`.
+
+        Args:
+            rollouts: to measure on, with the stored logits of their shard (see `pipeline.worth`).
+        """
+        from trm_audit.engine.worth import evidence_worth
+
+        assert self.model is not None
+        options = self.options
+        found = evidence_worth(self.model, rollouts, head_rows=options.head_rows, confidence=options.confidence)
+        self.worth = None if found is None else found.to_json()
+
     def run(self) -> dict[str, object]:
         """What made the scores: goes into run.json and footers, and identifies the run."""
         options = self.options
@@ -202,6 +223,7 @@ class Trainer:
             "limit": options.limit,
             "sample": options.sample,
             "noise_floor": self.noise,
+            **({} if self.worth is None else {"evidence_worth": self.worth}),
         }
         return {"kind": "scores", "fingerprint": digest(told_apart(settings)), **settings}
 

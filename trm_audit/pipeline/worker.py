@@ -22,6 +22,7 @@ from trm_audit.pipeline.progress import Progress
 from trm_audit.pipeline.rollouts import RolloutLoop
 from trm_audit.pipeline.selection import Selection
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
+from trm_audit.pipeline.worth import measure_worth
 from trm_audit.shards.publish import OutputFolder
 from trm_audit.shards.read import Shard
 
@@ -59,9 +60,10 @@ class Scored:
 
 
 def load(job: Job) -> Trainer:
-    """The trainer of a run with the noise of its precision measured."""
+    """The trainer of a run with everything measured that its scores carry beside themselves."""
     trainer = Trainer(job.options)
     measure_noise(trainer, job.shards, job.selection)
+    measure_worth(trainer, job.shards, job.selection)
     return trainer
 
 

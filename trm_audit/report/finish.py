@@ -37,6 +37,7 @@ from trm_audit.report.summary import (
 )
 from trm_audit.report.totals import ClusterTotals
 from trm_audit.report.widths import smallest_confidence
+from trm_audit.report.worth import evidence_worth
 from trm_audit.rollout import (
     EXACT_DIVERGENCES,
     GRADES,
@@ -95,6 +96,7 @@ def summarize(builder: SummaryBuilder, settings: Settings) -> AuditSummary:
         acceptance=None if n_kept is None else n_kept / counts.n_total,
         reasons=dict(sorted(builder.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
         violations=_violations(builder, counts.num_groups is not None) if whole else None,
+        evidence_worth=evidence_worth(settings.runs, builder.thresholds.delta_max, builder.thresholds.max_of),
         metrics=metrics,
         **_spreads(builder, settings),
         **(_choices(builder, counts, settings) if whole else {}),

@@ -104,6 +104,7 @@ def _summary(summary: AuditSummary) -> Iterator[list[str]]:
     yield _targets(summary)
     yield _by_staleness(summary)
     yield _worst(summary)
+    yield _worth(summary)
     yield [_NOT_EXHAUSTIVE]
 
 
@@ -203,6 +204,12 @@ def _worst(summary: AuditSummary) -> list[str]:
         where = f"at token {number(each.position)} of {each.response_length}"
         rows.append(f"- {code(each.rollout_id)}{group}: {code(each.statistic)} {number(each.value)} {where}")
     return ["**Worst sequences**", "", *rows] if rows else []
+
+
+def _worth(summary: AuditSummary) -> list[str]:
+    """What other evidence would have decided."""
+    found = summary.evidence_worth
+    return [] if found is None else [prose(f"{found.sentence} {found.basis}")]
 
 
 def _comparison(found: Comparison) -> Iterator[list[str]]:

@@ -31,6 +31,7 @@ from trm_audit.report.blocks import (
     WorstSequence,
 )
 from trm_audit.report.noise import NoiseFloor
+from trm_audit.report.worth import EvidenceWorth
 
 SCHEMA_VERSION = 3
 MAIN_METRICS = (
@@ -283,6 +284,7 @@ class AuditSummary:
         acceptance: n_kept / n_total; None where nothing was decided.
         reasons: rejected rows by cause (a row with several causes counts once for each).
         bound_widths: how far the bounds of KL and TV are apart, by grade.
+        evidence_worth: what other stored evidence would have decided; None where no run measured it.
         metrics: figures that training logs show too, by our name.
         d_max: largest `seq_max_*` seen; d_seq: mean `seq_sum_*`.
         delta_tables: what thresholds on a statistic would do, by statistic.
@@ -311,6 +313,7 @@ class AuditSummary:
     sequences: dict[str, Quantiles]
     distributions: dict[str, Distribution] = field(default_factory=dict)
     bound_widths: dict[str, BoundWidths] = field(default_factory=dict)
+    evidence_worth: EvidenceWorth | None = None
     probabilities: ProbabilityDensity | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     acceptance_curves: AcceptanceCurves = field(default_factory=lambda: AcceptanceCurves([], {}))

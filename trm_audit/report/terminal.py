@@ -19,6 +19,7 @@ from trm_audit.report.noise import AGAINST, NoiseFloor, sharing_rung
 from trm_audit.report.shown import number, percent, visible
 from trm_audit.report.summary import AuditSummary, BoundsBlock, BoundWidths, Category, Rewards
 from trm_audit.report.words import at_confidence
+from trm_audit.report.worth import EvidenceWorth
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,6 +197,24 @@ def _width_table(grade: str, found: BoundWidths) -> Group:
     return titled(f"Width of the bounds, upper less lower ({grade}, {sure})", table)
 
 
+def _worth(summary: AuditSummary) -> list[Group]:
+    """What storing other evidence would have decided."""
+    return [] if summary.evidence_worth is None else [_worth_table(summary.evidence_worth)]
+
+
+def _worth_table(found: EvidenceWorth) -> Group:
+    at = f"KL {number(found.delta_kl)}", f"TV {number(found.delta_tv)}"
+    table = table_of(
+        "stored", "bytes\na token", *(f"{where}\n{of}" for where in at for of in ("positions", "sequences"))
+    )
+    for name, kind in found.kinds.items():
+        shares = (share for each in (kind.kl, kind.tv) for share in (each.positions, each.sequences))
+        row(table, name, kind.bytes_per_token, *map(percent, shares))
+    row(table, "full logits", found.full_bytes, *[percent(1.0)] * 4)
+    title = f"Verdicts that other evidence would make certain (sketches {at_confidence(found.confidence)})"
+    return titled(title, table, Text(visible(found.sentence)), Text(visible(found.basis)))
+
+
 def _acceptance(summary: AuditSummary) -> list[Group]:
     """Share kept at round thresholds, of the criteria's statistics first; the others are in the JSON."""
     curves, deltas = summary.acceptance_curves.curves, summary.acceptance_curves.deltas
@@ -325,6 +344,7 @@ SECTIONS = (
     _tokens,
     _sequences,
     _widths,
+    _worth,
     _metrics,
     _acceptance,
     _bounds,
