@@ -194,6 +194,8 @@ def test_of_long_rollouts_the_first_tokens_are_looked_at_and_some_are_exact(chec
     found = worths(tmp_path / "scores")[0]
     assert found is not None
     assert (found["num_rollouts"], found["num_exact"], found["num_cut"]) == (8, 4, 7)
+    # a sketch of what stands in for pi_roll would show no distance
+    assert set(found["kinds"]) == {"topk:8", "topk:20"}
     assert found["num_tokens"] == 5 + 7 * ((MOST_TOKENS["cpu"] - 5) // 7)
 
 

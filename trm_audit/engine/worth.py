@@ -7,8 +7,9 @@ there as a recorder makes it, and bounded as `score` bounds it:
     sketch:K,m     the same and a projection of all others            `numerics.sketch_bounds`, at a confidence
 
 A verdict on a threshold is certain where the threshold lies outside the bounds. Where a row's own pi_roll is not known
-the trainer's distribution stands in for it: how far bounds are apart is a matter of the tails, which near policies have
-in common, but the verdicts are then those of two policies that agree.
+the trainer's distribution stands in for it: how far bounds from lists are apart is a matter of the tails, which near
+policies have in common, but the verdicts are then those of two policies that agree. Sketches are left out there:
+between a distribution and itself a projection finds no distance at all, and would seem to decide everything.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class EvidenceWorth:
         confidence: that bounds from a sketch hold at all positions of a sequence.
         full_bytes: of full logits in two bytes, which decide everything.
         deltas: the thresholds.
-        kinds: by name, as `pack --to` spells it.
+        kinds: by name, as `pack --to` spells it; sketches only where all are exact.
     """
 
     num_rollouts: int
@@ -139,6 +140,8 @@ def evidence_worth(
         found = [_bounds(model, *each, head_rows, confidence) for each in zip(samples, hidden, strict=True)]
     except (BadInput, IndexError, torch.OutOfMemoryError):  # IndexError: a table of learned positions has an end
         return None
+    exact = all(one.batch.grade[one.row] == "exact" for one in samples)
+    lists = {f"topk:{k}" for k in LISTS}
     return EvidenceWorth(
         num_rollouts=len(samples),
         num_tokens=sum(len(one.at) for one in samples),
@@ -147,7 +150,7 @@ def evidence_worth(
         confidence=confidence,
         full_bytes=2 * model.vocab_size,
         deltas=list(DELTAS),
-        kinds={name: _kind(name, [row[name] for row in found]) for name in found[0]},
+        kinds={name: _kind(name, [row[name] for row in found]) for name in found[0] if exact or name in lists},
     )
 
 
