@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -270,3 +271,10 @@ def test_modules_and_functions_stay_small() -> None:
                 if lines > 40:
                     too_long.append(f"{file.name}: {node.name} has {lines} lines")
     assert too_long == []
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))
+    folders = {file.parent.relative_to(ROOT.parent) for file in ROOT.rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders} | {"trm_audit.schemas"}
+    assert set(project["tool"]["setuptools"]["packages"]) == names
