@@ -170,8 +170,10 @@ def group_of(answer: Answer, name: object, prompts: Sequence[Sequence[int]], at:
     prompt = blake2b(np.asarray(prompts[at], dtype="<i4").tobytes(), digest_size=8).hexdigest()
     same = [*prompts].count(prompts[at])
     if same == 1:
-        given.assume("Samples of requests for a single one share a group_id where their prompts are the same tokens.")
-        return prompt
+        given.assume(
+            "Samples of requests for a single one share a group_id where, in one file, their prompts are equal."
+        )
+        return f"{answer.name}/{prompt}"
     return f"{answer.name}/{name}" if same == len(prompts) else f"{answer.name}/{name}/{prompt}"
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from trm_audit.adapters.base import ExportInfo, Target
-from trm_audit.adapters.to_rows import Reject, TrainingRow, TrainingRows, dropped, padded, rejected
+from trm_audit.adapters.to_rows import Reject, TrainingRow, TrainingRows, dropped, padded, refuse_dropped, rejected
 from trm_audit.errors import BadInput, UsageError
 
 FILE = "train_data_step0.jsonl"
@@ -98,6 +98,8 @@ def load(
         raise UsageError(f"there are no rows from {start} on", place=str(folder))
     rows = {name: [line[name][0] for line in lines] for name in LISTS}
     info = ExportInfo(*(lines[0][name][0] for name in ("n_total", "n_kept", "num_rows")))
+    if reject_by == "advantage":
+        refuse_dropped(info, "a mean over tokens")
     loss_mask = padded(rows["token_loss_mask"], 0, np.float32)
     arrays = {
         "input_ids": padded(rows["token_ids"], pad_token_id, np.int64),

@@ -26,8 +26,8 @@ from trm_audit.adapters.to_rows import (
     ROLLOUTS_FILE,
     TrainingRow,
     TrainingRows,
-    dropped,
     read_export,
+    refuse_dropped,
     rejected,
     write_parquet,
 )
@@ -54,6 +54,7 @@ def write(batches: Iterator[pa.RecordBatch], folder: Path, info: ExportInfo) -> 
     Raises:
         BadInput: a kept row has no advantage or no log-probabilities of the trainer.
     """
+    refuse_dropped(info, "OpenRLHF, which divides by tokens,")
     rows = TrainingRows(batches, must=("advantage", "trainer_logprobs"))
     columns = {name: kind for name, kind in COLUMNS.items() if OPTIONAL.get(name, "advantage") in rows.there}
     write_parquet(map(_row, rows), columns, folder / ROLLOUTS_FILE, info)
@@ -101,13 +102,13 @@ def experiences(
     """
     import torch
 
-    rows, info = read_export(folder, start, count)
+    rows, _ = read_export(folder, start, count)
     for at, sequence in enumerate(rows["sequences"]):
         fields: dict[str, Any] = {
             "sequences": torch.tensor([sequence], dtype=torch.int64),
             "attention_mask": torch.ones((1, len(sequence)), dtype=torch.int64),
             "action_mask": torch.tensor([rows["action_mask"][at]], dtype=torch.bool),
-            "advantages": dropped(info) * torch.tensor([rows["advantages"][at]], dtype=torch.float32),
+            "advantages": torch.tensor([rows["advantages"][at]], dtype=torch.float32),
             "response_length": torch.tensor([rows["response_length"][at]]),
             "total_length": torch.tensor([len(sequence)]),
             "truncated": torch.tensor([rows["truncated"][at]]),

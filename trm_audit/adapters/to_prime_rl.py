@@ -27,8 +27,8 @@ from trm_audit.adapters.to_rows import (
     ROLLOUTS_FILE,
     TrainingRow,
     TrainingRows,
-    dropped,
     read_export,
+    refuse_dropped,
     rejected,
     write_parquet,
 )
@@ -54,6 +54,7 @@ def write(batches: Iterator[pa.RecordBatch], folder: Path, info: ExportInfo) -> 
     Raises:
         BadInput: a kept row has no advantage, or no log-probabilities of the engine.
     """
+    refuse_dropped(info, "prime-rl, which divides by tokens,")
     rows = TrainingRows(batches, must=("advantage", "rollout_logprobs"))
     write_parquet(map(_row, rows), COLUMNS, folder / ROLLOUTS_FILE, info)
     return [
@@ -101,9 +102,9 @@ def samples(
         BadInput: the folder holds no such export.
         UsageError: the class needs fields that this release does not know.
     """
-    rows, info = read_export(folder, start, count)
+    rows, _ = read_export(folder, start, count)
     unmasked, sampled = (sum(map(sum, rows[name])) for name in ("mask", "policy_mask"))
-    scale = dropped(info) * unmasked / max(1, sampled)
+    scale = unmasked / max(1, sampled)
     names = _fields(sample_class)
     for at in range(len(rows["token_ids"])):
         row = {name: values[at] for name, values in rows.items()}

@@ -31,6 +31,7 @@ from trm_audit.adapters.to_rows import (
     dropped,
     padded,
     read_export,
+    refuse_dropped,
     rejected,
     write_parquet,
 )
@@ -111,6 +112,8 @@ def load(
     import torch
 
     rows, info = read_export(folder, start, count)
+    if reject_by == "advantage":
+        refuse_dropped(info, "a mean over tokens")
     arrays = _sequences(rows, pad_token_id, prompt_length, response_length)
     width = arrays["responses"].shape[1]
     loss_mask = padded(rows["response_mask"], 0, np.int64, length=width)

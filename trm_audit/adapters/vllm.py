@@ -59,6 +59,11 @@ SHAPING: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "thinking_token_budget": (),
 }
 """Settings besides temperature, top-p and top-k that shape the distribution, with what is off besides null."""
