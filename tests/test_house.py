@@ -51,9 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "numerics",
         "__init__",
     },
+    "commands": {"pipeline", "adapters", "report", "console", "flags", "errors"},
     "cli": {
+        "commands",
         "pipeline",
-        "adapters",
         "report",
         "criteria",
         "console",
