@@ -124,11 +124,7 @@ class Piece:
         return with_drawn(rollout, stored, ids, rebuild[0])
 
     def _agreement(self, row: int, tokens: Ints, stored: Tensor, ids: Tensor, found: RowStatistics) -> None:
-        """Checks the sampled values against the stored distribution.
-
-        The tolerance is what rounding can do: step times the size of the sampled logit and, in the normaliser, of the
-        expected logit, which is at most abs(logsumexp) + entropy.
-        """
+        """Checks the sampled values against the stored distribution."""
         assert self.logits is not None
         if not bool(found.logsumexp.isfinite().all()):
             self.logits.diagnose(self.batch.rollout_id[row], stored, self._runs(row))
@@ -142,8 +138,7 @@ class Piece:
                 place=self.batch.place(row),
                 next_step="Row t is what token t was drawn from, nothing is shifted (schemas/rollout.md, rule 11).",
             )
-        size = np.abs(expected + log_mass) + np.abs(log_mass) + entropy
-        tolerance = AGREEMENT + self.logits.step(self.batch.rollout_id[row]) * size
+        tolerance = agreement(expected + log_mass, log_mass, entropy, self.logits.step(self.batch.rollout_id[row]))
         off = (~np.isnan(given) & ~(np.abs(given - expected) <= tolerance)) | excluded
         self.out.num_disagreements[row] += int(off.sum())
 
@@ -251,6 +246,19 @@ class Piece:
             off = np.where(hit.any(1), np.abs(listed - given) > tolerance, given > floor + tolerance)
         rows = np.searchsorted(self.batch.response.offsets, tokens, side="right") - 1
         np.add.at(self.out.num_disagreements, rows[off], 1)
+
+
+def agreement(drawn: Floats, log_mass: Floats, entropy: Floats, step: float) -> Floats:
+    """[n] what sampled log-probabilities may differ from those of stored logits.
+
+    Args:
+        drawn: [n] logits of the sampled tokens.
+        log_mass: [n] log-sum-exp of all logits.
+        entropy: [n] of the distribution.
+        step: largest relative rounding error of a logit: it moves the sampled one by step times its size, and the
+            normaliser by step times the expected size, which is at most abs(log_mass) + entropy.
+    """
+    return AGREEMENT + step * (np.abs(drawn) + np.abs(log_mass) + entropy)
 
 
 def _recorded(found: TokenDivergences) -> RowStatistics:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trm_audit.engine.evidence import AGREEMENT
+from trm_audit.engine.evidence import agreement
 from trm_audit.errors import RowError, UsageError
 from trm_audit.numerics.divergences import divergences, row_statistics
 from trm_audit.numerics.ragged import Floats, Ints
@@ -103,19 +103,9 @@ def kept_of(
     else:
         arrays = [part for part in parts if isinstance(part, dict)]
         out = {name: torch.cat([part[name] for part in arrays]).cpu().numpy() for name in arrays[0]}
-    return out | {"tolerance": _tolerance(out, torch.cat(drawn).cpu().numpy(), logits.step(batch.rollout_id[row]))}
-
-
-def _tolerance(kept: Arrays, drawn: Floats, step: float) -> Floats:
-    """[n] what a sampled value may differ from the stored distribution, as `engine.evidence` counts disagreements.
-
-    Args:
-        kept: of `kept_of`, of logits that are stored at the stage of pi_roll.
-        drawn: [n] logits of the tokens that were sampled.
-        step: largest relative rounding error of the logits.
-    """
-    log_mass = drawn - kept["logprobs"]
-    return AGREEMENT + step * (np.abs(drawn) + np.abs(log_mass) + kept["entropy"])
+    logit = torch.cat(drawn).cpu().numpy()
+    step = logits.step(batch.rollout_id[row])
+    return out | {"tolerance": agreement(logit, logit - out["logprobs"], out["entropy"], step)}
 
 
 def is_rounded(logits: StoredLogits, rollout_id: str) -> bool:
