@@ -115,3 +115,28 @@ def test_a_folder_of_somebody_else_is_left_alone(run: Run, tmp_path: Path) -> No
     found = run("export", train, "--to", "slime", "-o", out, "--overwrite")
     assert found.code == 3
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_comes_later_is_held_against_shards_that_were_there(run: Run, tmp_path: Path) -> None:
+    text = (CAPTURES / "vllm-ids.jsonl").read_text("utf-8")
+    command = ("convert", tmp_path / "raw", "--from", "vllm", "--logprobs-mode", "raw", "-o", tmp_path / "out")
+    for folder in ("a", "b"):
+        (tmp_path / "raw" / folder).mkdir(parents=True)
+        (tmp_path / "raw" / folder / "same.jsonl").write_text(text, "utf-8")
+        found = run(*command)
+        assert found.code == (0 if folder == "a" else 3)
+    assert "rollout_id" in found.err
+
+
+def test_shards_of_files_that_are_gone_are_passed_over_by_what_reads_the_folder(
+    run: Run, tmp_path: Path, checkpoint: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{name}.jsonl").write_text((CAPTURES / "vllm-ids.jsonl").read_text("utf-8"), "utf-8")
+    command = ("convert", tmp_path / "raw", "--from", "vllm", "--logprobs-mode", "raw", "-o", tmp_path / "out")
+    assert run(*command).code == 0
+    (tmp_path / "raw" / "b.jsonl").unlink()
+    assert run(*command).code == 0
+    found = run("score", tmp_path / "out", "--model", checkpoint, "-o", tmp_path / "scores")
+    assert "b.parquet is passed over: what it was made of is not among the finished run's input" in found.err

@@ -18,6 +18,7 @@ from trm_audit.errors import BadInput, RowError, UsageError
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.selection import content_digest, digest
 from trm_audit.shards.publish import OutputFolder
+from trm_audit.shards.read import read_batches
 from trm_audit.shards.rows import RowRules, read_rows
 from trm_audit.shards.schema import ROLLOUT_COLUMNS, VERSION_PER_TOKEN
 from trm_audit.shards.write import ParquetSink, head
@@ -145,7 +146,8 @@ class _Conversion:
 
     def __init__(self, source: Source, options: ConvertOptions, folder: OutputFolder, watch: Progress) -> None:
         self._source, self._options, self._folder, self._watch = source, options, folder, watch
-        self._first: dict[str, tuple[str, int]] = {}
+        self._first: dict[str, tuple[str, int]] = {}  # of published shards
+        self._own: dict[str, tuple[str, int]] = {}  # of the file at hand
         self._result = ConvertResult()
 
     def run(self, files: Mapping[str, Path]) -> ConvertResult:
@@ -166,8 +168,10 @@ class _Conversion:
             assert isinstance(counts, dict)
             self._result.add(counts)
             self._result.done += 1
+            self._register_done(name, file)
             return True
         own, given = ConvertResult(), replace(self._options.given, assumed=[])
+        self._own = {}
         try:
             with self._folder.shard(name, head("rollouts", fingerprint=fingerprint, run=self._folder.run)) as sink:
                 self._rows(file, given, sink, own)
@@ -181,7 +185,27 @@ class _Conversion:
             return False
         self._result.add(own.counts())
         self._result.shards += 1
+        self._first |= self._own
         return True
+
+    def _register_done(self, name: str, file: Path) -> None:
+        """Takes note of the names in a shard that was there before.
+
+        Raises:
+            BadInput: one of them stands in another shard.
+        """
+        row = 0
+        for batch in read_batches(self._folder.data / name, batch_rows=65536, columns=["rollout_id"]):
+            self._own = {}
+            again = self._repeated(batch, str(file), row)
+            for rollout_id, (first, at) in again.items():
+                raise BadInput(
+                    f"rollout_id {rollout_id} occurs again, first in {first}, row {at}",
+                    place=str(file),
+                    next_step="The same answers were given twice: take one of the files away.",
+                )
+            self._first |= self._own
+            row += batch.num_rows
 
     def _rows(self, file: Path, given: Given, sink: ParquetSink, own: ConvertResult) -> None:
         """Rows of a file; each batch has the columns of the first."""
@@ -215,7 +239,7 @@ class _Conversion:
         """Names of this batch that came before, in this file or another -> where they were first."""
         out = {}
         for at, name in enumerate(table.column("rollout_id").to_pylist(), start=int(row)):
-            first = self._first.setdefault(name, (place, at))
+            first = self._first.get(name) or self._own.setdefault(name, (place, at))
             if first != (place, at):
                 out[name] = first
         return out

@@ -17,6 +17,7 @@ from trm_audit.pipeline.pack_loss import measure_loss
 from trm_audit.pipeline.pack_options import PackOptions, PackResult
 from trm_audit.pipeline.pack_shards import ShardPacker
 from trm_audit.pipeline.progress import Progress, Silent
+from trm_audit.pipeline.score_shards import leave_out_strangers
 from trm_audit.pipeline.selection import select
 from trm_audit.shards.publish import OutputFolder
 from trm_audit.shards.read import Found, find_shards
@@ -39,6 +40,7 @@ def pack(inputs: Sequence[str], output: str, options: PackOptions, *, progress: 
     if options.model is not None:
         find_checkpoint(options.model)  # before anything is written, not when all of it is
     found = find_shards(inputs, "rollouts", options.columns)
+    leave_out_strangers(found)
     check_apart(Path(output), inputs, found)
     selection = select(found.shards, options.columns, 1.0, None)
     bad = [*found.bad, *selection.bad]

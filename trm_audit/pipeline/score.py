@@ -14,7 +14,7 @@ from trm_audit.pipeline.devices import Scorers, scorers
 from trm_audit.pipeline.noise import measure_stream_noise
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.rollouts import RolloutLoop
-from trm_audit.pipeline.score_shards import check_finished
+from trm_audit.pipeline.score_shards import check_finished, leave_out_strangers
 from trm_audit.pipeline.selection import Selection, select, shard_fingerprint
 from trm_audit.pipeline.trainer import ScoreOptions, Trainer
 from trm_audit.pipeline.worker import Job, Task, load
@@ -98,6 +98,7 @@ def score(
         _score_stream(open_stream(source, "rollouts"), output, options, result, watch)
         return result
     found = find_shards(inputs, "rollouts", options.columns)
+    leave_out_strangers(found)
     selection = select(found.shards, options.columns, options.sample, options.limit)
     bad = [*found.bad, *selection.bad]
     _report_found(found.passed_over, bad, options, result, watch)

@@ -32,7 +32,7 @@ def find_score_shards(inputs: Sequence[str], allow_partial: bool) -> Found:
         raise found.bad[0]
     if not allow_partial:
         check_finished(found.shards)
-    _leave_out_strangers(found)
+    leave_out_strangers(found)
     models = {str(shard.json(schema.RUN).get("model_hash")) for shard in found.shards}
     if len(models) > 1:
         raise BadInput(
@@ -55,15 +55,15 @@ def check_finished(shards: Sequence[Shard]) -> None:
             )
 
 
-def _leave_out_strangers(found: Found) -> None:
-    """Passes over shards of rollouts that are gone since: they lie in the folder and are not of the finished run."""
+def leave_out_strangers(found: Found) -> None:
+    """Passes over shards of input that is gone since: they lie in the folder and are not of the finished run."""
     for shard in tuple(found.shards):
         success = shard.path.parent.parent / "_SUCCESS"
         if shard.path.parent.name != "data" or not success.is_file():
             continue
         if shard.path.name not in json.loads(success.read_text("utf-8")).get("shards", [shard.path.name]):
             found.shards.remove(shard)
-            found.passed_over.append((shard.path, "its rollouts are not among the finished run's"))
+            found.passed_over.append((shard.path, "what it was made of is not among the finished run's input"))
 
 
 def grades_of(batch: pa.RecordBatch) -> set[str]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from trm_audit.errors import AuditError, BadInput, RowError
 from trm_audit.pipeline.progress import Progress, Silent
 from trm_audit.pipeline.rollouts import stored_logits
+from trm_audit.pipeline.score_shards import leave_out_strangers
 from trm_audit.pipeline.selection import select
 from trm_audit.rollout import RolloutBatch
 from trm_audit.shards import schema
@@ -85,6 +86,7 @@ def validate(
         result.shards = 1
         return result
     found = find_shards(inputs, "rollouts", options.columns)
+    leave_out_strangers(found)
     result.errors += found.bad
     for path, reason in found.passed_over:
         watch.note(f"{path} is passed over: {reason}")
